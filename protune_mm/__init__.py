@@ -1,0 +1,17 @@
+"""Pro-tuning for MMDetection, MMSegmentation and MMPretrain."""
+
+from .config import load_config, overlay, protune_config
+from .factory import ProTuned
+from .frozen import tuned_parameters
+from .inject import protune
+from .version import __version__
+
+__all__ = [
+    'ProTuned',
+    '__version__',
+    'load_config',
+    'overlay',
+    'protune',
+    'protune_config',
+    'tuned_parameters',
+]

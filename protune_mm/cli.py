@@ -1,0 +1,159 @@
+"""What the command-line tools share."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+from .config import config_backbones, is_protuned, load_config, protune_config
+from .inject import POLICIES
+
+DEBUG = 'PROTUNE_DEBUG'
+"""Environment variable: set to 1 for the traceback of an error that is otherwise one line."""
+
+
+def add_common_arguments(parser: argparse.ArgumentParser, checkpoint: bool = False) -> None:
+    """Arguments of both tools, spelled as in MMDetection."""
+    parser.add_argument('config', help='config file, or package::path, stock or Pro-tuned')
+    if checkpoint:
+        parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('--work-dir', help='directory for logs, checkpoints and metrics')
+    parser.add_argument('--protune', action='store_true', help='Pro-tune a stock config')
+    parser.add_argument(
+        '--policy',
+        choices=POLICIES,
+        help="the twin of a Pro-tuned config: 'head-only' (frozen backbone, no prompts) or "
+        "'full' (stock fine-tuning)",
+    )
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        help='override settings, key=value: model.backbone.prompt.ratio=4',
+    )
+    parser.add_argument('--no-pin-memory', action='store_true', help='do not pin host memory')
+    parser.add_argument(
+        '--no-persistent-workers', action='store_true', help='restart data workers every epoch'
+    )
+    parser.add_argument(
+        '--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='launcher'
+    )
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+
+
+def parse(parser: argparse.ArgumentParser) -> tuple[Config, argparse.Namespace]:
+    """Parse the command line and return the config with what both tools set, and the arguments."""
+    args = parser.parse_args()
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    cfg = read_config(args.config, args.protune, args.policy, args.cfg_options)
+    cfg.launcher = args.launcher
+    if args.work_dir:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        cfg.work_dir = str(
+            Path('work_dirs') / Path(args.config.partition('::')[2] or args.config).stem
+        )
+    set_dataloader_defaults(cfg, args)
+    return cfg, args
+
+
+def read_config(
+    path: str, protune: bool = False, policy: str | None = None, options: dict | None = None
+) -> Config:
+    """Read a config, apply ``--cfg-options`` and then Pro-tune it or choose its twin.
+
+    Options come first, so that they may name a stock config's keys; a policy comes last.
+
+    Raises:
+        ValueError: a policy for a config that is not Pro-tuned, and what
+            :func:`protune_mm.protune_config` raises.
+    """
+    cfg = load_config(path)
+    if options and not protune:
+        cfg.merge_from_dict(options)
+    if protune:
+        protune_config(cfg)
+        # Afterwards here, so that model.backbone.prompt=... reaches the new line.
+        cfg.merge_from_dict(options or {})
+    if policy is not None:
+        if not is_protuned(cfg):
+            raise ValueError(f'--policy {policy}: {path} is not Pro-tuned; add --protune')
+        for _, backbone in config_backbones(cfg):
+            backbone['policy'] = policy
+    return cfg
+
+
+def set_dataloader_defaults(cfg: Config, args: argparse.Namespace) -> None:
+    """Set what MMPretrain's stock scripts set for its dataloaders, and the two switches.
+
+    Its configs name no ``collate_fn`` and rely on this.
+    """
+    defaults = {}
+    if cfg.get('default_scope') == 'mmpretrain':
+        defaults = dict(
+            pin_memory=True, persistent_workers=True, collate_fn=dict(type='default_collate')
+        )
+    for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        if not cfg.get(name):
+            continue
+        loader = ConfigDict({**defaults, **cfg[name]})
+        if args.no_pin_memory:
+            loader.pin_memory = False
+        if args.no_persistent_workers or loader.get('num_workers') == 0:
+            loader.persistent_workers = False
+        cfg[name] = loader
+
+
+def draw_predictions(cfg: Config, args: argparse.Namespace) -> None:
+    """Turn on the visualization hook of the config's library.
+
+    Raises:
+        ValueError: the config has no such hook.
+    """
+    hook = cfg.get('default_hooks', {}).get('visualization')
+    if hook is None:
+        raise ValueError(f'--show: {args.config} has no default_hooks.visualization')
+    if cfg.get('default_scope') == 'mmpretrain':
+        hook.update(enable=True, show=args.show, wait_time=args.wait_time, out_dir=args.show_dir)
+        return
+    hook['draw'] = True
+    if args.show:
+        hook.update(show=True, wait_time=args.wait_time)
+    if args.show_dir:
+        cfg.visualizer['save_dir'] = args.show_dir
+
+
+def build_runner(cfg: Config) -> Runner:
+    """Build the runner a config asks for, and ours where it asks for none and is Pro-tuned."""
+    if 'runner_type' not in cfg and is_protuned(cfg):
+        cfg.runner_type = 'protune_mm.ProTuneRunner'
+    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a tool; bad input ends in one line on standard error and exit status 2.
+
+    Errors inside training keep their traceback.
+    """
+    try:
+        main()
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        if os.environ.get(DEBUG) == '1' or not _is_bad_input(error):
+            raise
+        sys.exit(f'error: {error}')
+
+
+def _is_bad_input(error: Exception) -> bool:
+    """Whether our own check raised the error, rather than code of a training step."""
+    trace = error.__traceback__
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    raised_in = trace.tb_frame.f_globals.get('__name__', '')
+    return raised_in.startswith('protune_mm.') or isinstance(error, FileNotFoundError)

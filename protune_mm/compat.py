@@ -1,0 +1,89 @@
+"""What protune_mm does so that several versions of the stack behave alike.
+
+Imported by :mod:`protune_mm.registry`, so it has run before any model is built, whichever of
+the three spellings a user chose.
+"""
+
+from __future__ import annotations
+
+import collections
+import importlib
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
+
+import numpy as np
+import torch
+from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.logging.history_buffer import HistoryBuffer
+
+STACK = ('torch', 'torchvision', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain')
+"""Import names of the packages whose versions decide how a model behaves."""
+
+
+def stack_versions() -> dict[str, str]:
+    """Versions of the installed stack, by import name.
+
+    The import name is the same for the original libraries and for the maintained forks, the
+    distribution name is not, so the distribution is looked up from the import name.
+
+    Returns:
+        dict[str, str]: import name to ``'distribution version'`` (just the version where both
+        names agree), or ``'not installed'``.
+    """
+    owners = packages_distributions()
+    found = {}
+    for name in STACK:
+        owner = owners.get(name, [name])[0]
+        try:
+            found[name] = version(owner) if owner == name else f'{owner} {version(owner)}'
+        except PackageNotFoundError:
+            found[name] = 'not installed'
+    return found
+
+
+def register_config_packages() -> None:
+    """Make ``protune_mm::...`` and, under the maintained forks, ``mmseg::...`` resolve.
+
+    mmengine maps the scope to a distribution and joins the distribution's location with its
+    name. An editable install (PEP 660) has its metadata in site-packages and its code elsewhere,
+    which that misses; a name that is a module but no distribution makes mmengine ask Python's
+    import system instead, which is right for wheels, editable installs and PYTHONPATH alike.
+    """
+    MODULE2PACKAGE.setdefault('protune_mm', 'protune_mm.registry')
+    owners = packages_distributions().get('mmseg', [])
+    if owners and 'mmsegmentation' not in owners:
+        MODULE2PACKAGE['mmseg'] = 'mmseg'
+
+
+def allow_checkpoint_types() -> None:
+    """Let ``torch.load`` of torch 2.6 and later read mmengine's own checkpoints.
+
+    Since torch 2.6 the default is ``weights_only=True``, and mmengine 0.10 passes nothing, so
+    ``--resume`` fails on the log history in ``message_hub``. The types listed here hold numbers
+    only; nothing that runs code on reading is allowed.
+    """
+    add_safe_globals = getattr(torch.serialization, 'add_safe_globals', None)
+    if add_safe_globals is None:
+        return
+    core = importlib.import_module(
+        'numpy._core.multiarray' if hasattr(np, '_core') else 'numpy.core.multiarray'
+    )
+    dtypes = [getattr(np.dtypes, name) for name in np.dtypes.__all__]
+    types: list = [HistoryBuffer, np.ndarray, np.dtype, core._reconstruct, core.scalar]
+    types += [*dtypes, collections.defaultdict, *(int, float, list, dict, set)]
+    if hasattr(np, '_core'):
+        # A file written under numpy 1 names the old module; torch compares names.
+        types.append((core._reconstruct, 'numpy.core.multiarray._reconstruct'))
+        types.append((core.scalar, 'numpy.core.multiarray.scalar'))
+    if not _accepts_pairs():
+        types = [t for t in types if not isinstance(t, tuple)]
+    add_safe_globals(types)
+
+
+def _accepts_pairs() -> bool:
+    """Whether this torch takes ``(object, 'name')`` pairs (2.5 and later)."""
+    major, minor = (int(part) for part in torch.__version__.split('.')[:2])
+    return (major, minor) >= (2, 5)
+
+
+register_config_packages()
+allow_checkpoint_types()

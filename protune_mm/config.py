@@ -1,0 +1,159 @@
+"""Rewrite a stock config into a Pro-tuned one: the canonical line, from every spelling."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+
+from . import registry  # noqa: F401  (makes protune_mm::... paths resolve)
+from .factory import _is_protuned
+
+OPTIONS = ('stages', 'prompt', 'lean', 'policy', 'require_weights')
+"""Options of :func:`protune_mm.ProTuned`, in the order they are written."""
+
+NESTED = ('module', 'detector')
+"""Keys of ``model`` under which a whole model sits: test-time augmentation, semi-supervision."""
+
+_SHIPPED = Path(__file__).parent / '.mim'
+
+
+def overlay() -> str:
+    """Path of the overlay base.
+
+    Returns:
+        str: for ``_base_ = [stock, __import__('protune_mm').overlay()]``; the Pro-tuned model
+        then comes from the Runner, see the README's table of spellings.
+    """
+    return str(_SHIPPED / 'configs' / '_base_' / 'protune.py')
+
+
+def protune_config(cfg: Config, **options: Any) -> Config:
+    """Write the canonical line into ``cfg.model``.
+
+    Args:
+        cfg: a config with a stock or an already Pro-tuned backbone, changed in place.
+        **options: any of ``stages``, ``prompt``, ``lean``, ``policy``, ``require_weights``; only
+            those given are written.
+
+    Returns:
+        Config: the same object.
+
+    Raises:
+        ValueError: an unknown option, a config without a backbone, or one that is Pro-tuned
+            already with other options. ``cfg`` is unchanged then.
+    """
+    unknown = [key for key in options if key not in OPTIONS]
+    if unknown:
+        raise ValueError(f"option '{unknown[0]}' is unknown: known are {', '.join(OPTIONS)}")
+    backbones = [backbone for _, backbone in config_backbones(cfg)]
+    if not backbones:
+        raise ValueError(
+            f'{cfg.filename or "the config"} has no model.backbone with a type: there is nothing '
+            'to Pro-tune'
+        )
+    for backbone in backbones:
+        if _is_protuned(backbone['type']):
+            _same_options(backbone, options)
+    for backbone in backbones:
+        if _is_protuned(backbone['type']):
+            continue
+        # `type` keeps its place and `base` comes last, as when a child config is merged.
+        base = backbone['type']
+        backbone['type'] = 'protune_mm.ProTuned'
+        backbone['base'] = base
+        for key in OPTIONS:
+            if key in options:
+                backbone[key] = options[key]
+    return cfg
+
+
+def _same_options(backbone: dict, options: dict) -> None:
+    has = {key: backbone[key] for key in OPTIONS if key in backbone}
+    differs = next((key for key in options if options[key] != has.get(key)), None)
+    if differs is not None:
+        raise ValueError(
+            f'the config is Pro-tuned already, with {differs}={has.get(differs)!r}; it cannot be '
+            f'Pro-tuned again with {differs}={options[differs]!r}: change that key in the config'
+        )
+
+
+def config_backbones(cfg: Config) -> Iterator[tuple[str, dict]]:
+    """Dotted name and config of every backbone in ``cfg.model`` that downstream training tunes."""
+    pending = [('model', cfg.get('model'))]
+    while pending:
+        name, model = pending.pop(0)
+        if not isinstance(model, dict):
+            continue
+        backbone = model.get('backbone')
+        if isinstance(backbone, dict) and 'type' in backbone:
+            yield f'{name}.backbone', backbone
+        pending += [(f'{name}.{key}', model.get(key)) for key in NESTED]
+
+
+def is_protuned(cfg: Config) -> bool:
+    """Whether a config's model has a Pro-tuned backbone (any policy)."""
+    return any(_is_protuned(backbone['type']) for _, backbone in config_backbones(cfg))
+
+
+def resolve(cfg: Config) -> Config:
+    """Turn the overlay's ``protune`` key into the canonical line; idempotent.
+
+    Args:
+        cfg: a config, changed in place.
+
+    Returns:
+        Config: the same object, without the key ``protune``.
+
+    Raises:
+        ValueError: as :func:`protune_config`, or a later config overrode the backbone's ``type``
+            and so dropped the prompts.
+    """
+    for name, backbone in config_backbones(cfg):
+        if 'base' in backbone and not _is_protuned(backbone['type']):
+            kind = backbone['type']
+            raise ValueError(
+                f"{name}.type='{kind}' overrides 'protune_mm.ProTuned' and so drops the prompts: "
+                f"write base='{kind}' instead, or _delete_=True with the whole backbone to go "
+                'back to stock'
+            )
+    if 'protune' in cfg:
+        options = cfg['protune'] or {}
+        if not isinstance(options, dict):
+            raise ValueError(f'protune={options!r} must be a dict of options, such as dict()')
+        protune_config(cfg, **options)
+        cfg.pop('protune')
+    return cfg
+
+
+def load_config(path: str, *, protune: bool = False, **options: Any) -> Config:
+    """Read a config of any of the three spellings, for tools and inferencers.
+
+    Args:
+        path: a file, or ``package::path`` such as
+            ``mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py`` or
+            ``protune_mm::mask_rcnn_protune_r50_coco.py``.
+        protune: Pro-tune a stock config. Default False.
+        **options: see :func:`protune_config`; only with ``protune``.
+
+    Returns:
+        Config: with the canonical line where it is Pro-tuned.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: see :func:`resolve`.
+    """
+    cfg = resolve(Config.fromfile(_locate(path)))
+    return protune_config(cfg, **options) if protune else cfg
+
+
+def _locate(path: str) -> str:
+    package, _, name = str(path).partition('::')
+    if not name:
+        return str(path)
+    if package == 'protune_mm':
+        # mmengine wants a folder in the path, and our configs lie flat.
+        return str(_SHIPPED / 'configs' / name)
+    return Config._get_cfg_path(str(path), '')[0]

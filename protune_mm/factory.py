@@ -1,0 +1,82 @@
+"""``ProTuned``: what a config names to get a Pro-tuned backbone."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from mmengine.registry import MODELS as ROOT
+from mmengine.registry import DefaultScope
+from torch import nn
+
+from .inject import protune
+from .registry import MODELS
+
+
+@MODELS.register_module()
+def ProTuned(  # noqa: N802  (a registered type, spelled like one)
+    base: str | type,
+    *,
+    stages: str | list[str] | None = None,
+    prompt: str | dict | None = None,
+    lean: bool = True,
+    policy: str = 'prompts',
+    require_weights: bool = False,
+    **backbone: Any,
+) -> nn.Module:
+    """Build a stock backbone and Pro-tune it.
+
+    In a config: ``backbone=dict(type='protune_mm.ProTuned', base='ResNet', ...)``.
+
+    Args:
+        base: type of the stock backbone; without a prefix it is looked up in the current scope,
+            as in a stock config.
+        stages: see :func:`protune_mm.protune`, as all options down to ``require_weights``.
+        prompt: see there.
+        lean: see there.
+        policy: see there.
+        require_weights: see there. Default False: a frozen backbone into which no weights were
+            loaded warns at the first forward pass or the start of training.
+        **backbone: the stock backbone's own arguments, forwarded unchanged.
+
+    Returns:
+        nn.Module: the stock backbone object itself, with prompts, frozen.
+
+    Raises:
+        ValueError: unknown ``base``, and what :func:`protune_mm.protune` raises.
+    """
+    if _is_protuned(base):
+        raise ValueError("base='protune_mm.ProTuned' nests Pro-tuning: name the stock backbone")
+    if isinstance(base, str):
+        _look_up(base)
+    module = protune(
+        ROOT.build(dict(type=base, **backbone)),
+        stages=stages,
+        prompt=prompt,
+        lean=lean,
+        policy=policy,
+        require_weights=require_weights,
+    )
+    if policy != 'full':
+        # Built just now, so its weights are still random: somebody has to load them.
+        module._protune.loads.given = False
+    return module
+
+
+def _is_protuned(kind: object) -> bool:
+    """Whether a config's ``type`` is this factory, by name or as the object itself."""
+    if isinstance(kind, str):
+        return kind in ('protune_mm.ProTuned', f'{ProTuned.__module__}.ProTuned')
+    return kind is ProTuned
+
+
+def _look_up(base: str) -> None:
+    with ROOT.switch_scope_and_registry(None) as registry:
+        if registry.get(base) is not None:
+            return
+        known = list(registry.module_dict)
+        scope = DefaultScope.get_current_instance()
+        where = f"scope '{scope.scope_name}'" if scope else 'mmengine (no default scope is set)'
+    near = difflib.get_close_matches(base.rpartition('.')[2], known, 1)
+    hint = f"did you mean '{near[0]}'?" if near else "give its library, e.g. 'mmdet.ResNet'"
+    raise ValueError(f"base='{base}' is no model of {where}: {hint}")

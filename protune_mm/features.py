@@ -1,0 +1,144 @@
+"""How a stage's output becomes a map (B, C, H, W) for a prompt, and back.
+
+Two layouts cover the backbones of the three libraries: feature maps, and tokens whose grid is
+either an argument of the block or known to the patch embedding only.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_grid: ContextVar[tuple[int, int] | None] = ContextVar('protune_mm_patch_grid', default=None)
+"""Height and width, in patches, of the image that the current thread is encoding."""
+
+
+class PatchGrid:
+    """Mixin for a patch embedding that returns ``(tokens, (H, W))``: remembers the grid.
+
+    Blocks of a plain ViT receive tokens alone, so their prompts ask here. A context variable
+    serves threads that encode images of different shapes with one model.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, tuple[int, int]]:
+        """Run the stock embedding, unchanged, and keep its grid for this call."""
+        tokens, grid = super().forward(*args, **kwargs)
+        _grid.set((int(grid[0]), int(grid[1])))
+        return tokens, grid
+
+
+@dataclass(frozen=True)
+class Maps:
+    """Block output ``(B, C, H, W)``."""
+
+    def join(self, site: Site, prompt: nn.Module, out: Tensor, args: tuple, kwargs: dict) -> Tensor:
+        """Return the prompted output, of the shape of ``out``."""
+        if not isinstance(out, Tensor) or out.ndim != 4:
+            raise TypeError(unexpected_output(site.name, out, 'a (B, C, H, W) tensor'))
+        made = prompt(out)
+        return made if site.series else out + made
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Block output ``(B, N + H*W, C)``, N extra tokens (class, distillation, registers) first.
+
+    Attributes:
+        grid_argument: the block's second argument (or keyword ``hw_shape``) is its grid. False:
+            the backbone's ``patch_embed`` returns it.
+    """
+
+    grid_argument: bool
+
+    def join(self, site: Site, prompt: nn.Module, out: Tensor, args: tuple, kwargs: dict) -> Tensor:
+        """Return the prompted output, of the shape of ``out``."""
+        if not isinstance(out, Tensor) or out.ndim != 3:
+            raise TypeError(unexpected_output(site.name, out, 'a (B, L, C) tensor of tokens'))
+        if self.grid_argument:
+            grid = kwargs['hw_shape'] if 'hw_shape' in kwargs else args[1]
+        else:
+            grid = _grid.get()
+        if grid is None:
+            raise RuntimeError(
+                f"stage '{site.name}': no patch grid is known in this thread; call the backbone, "
+                'not its block, and checkpoint activations with with_cp=True'
+            )
+        height, width = grid
+        batch, length, channels = out.shape
+        if length != site.extra + height * width:
+            raise RuntimeError(
+                f"stage '{site.name}' yields {length} tokens, but {site.extra} extra tokens and a "
+                f'grid of {height}x{width} make {site.extra + height * width}'
+            )
+        extra, patches = out[:, : site.extra], out[:, site.extra :]
+        made = prompt(patches.transpose(1, 2).reshape(batch, channels, height, width))
+        made = made.flatten(2).transpose(1, 2)
+        new = made if site.series else patches + made
+        if site.extra == 0:
+            return new
+        if site.extra_tokens == 'map':
+            # Each extra token is an image of one pixel to the convolutions.
+            pixel = extra.reshape(batch * site.extra, channels, 1, 1)
+            made_extra = prompt(pixel).reshape(batch, site.extra, channels)
+        elif site.extra_tokens == 'mean':
+            made_extra = made.mean(1, keepdim=True).expand_as(extra)
+        else:
+            return torch.cat((extra, new), dim=1)
+        return torch.cat((made_extra if site.series else extra + made_extra, new), dim=1)
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """Block of a user's own backbone: decides by the shape of each output."""
+
+    def join(self, site: Site, prompt: nn.Module, out: Tensor, args: tuple, kwargs: dict) -> Tensor:
+        """Return the prompted output, of the shape of ``out``."""
+        if isinstance(out, Tensor) and out.ndim == 4:
+            return Maps().join(site, prompt, out, args, kwargs)
+        if isinstance(out, Tensor) and out.ndim == 3:
+            by_argument = 'hw_shape' in kwargs or (
+                len(args) > 1 and isinstance(args[1], tuple | list | torch.Size)
+            )
+            return Tokens(by_argument).join(site, prompt, out, args, kwargs)
+        raise TypeError(unexpected_output(site.name, out, EXPECTED))
+
+
+EXPECTED = 'a (B, C, H, W) tensor, or (B, L, C) tokens'
+Layout = Maps | Tokens | Unknown
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where one prompt sits and how it joins.
+
+    Attributes:
+        name: the stage's name, as ``stages=`` accepts it; used in messages.
+        block: dotted name of the block that carries the prompt, inside the backbone.
+        channels: channels C of the block's output.
+        layout: how the output becomes a map.
+        series: the prompt replaces the output (the paper's last block) instead of being added.
+        extra: number of extra tokens before the patch tokens.
+        extra_tokens: what extra tokens receive: ``'keep'`` nothing, ``'map'`` their own prompt as
+            maps of one pixel, ``'mean'`` the mean of the patches' prompt.
+    """
+
+    name: str
+    block: str
+    channels: int
+    layout: Layout
+    series: bool = False
+    extra: int = 0
+    extra_tokens: str = 'keep'
+
+
+def unexpected_output(name: str, out: object, expected: str) -> str:
+    """Message for a stage whose output no prompt can take."""
+    if isinstance(out, Tensor):
+        got = f'a tensor of shape {tuple(out.shape)}'
+    else:
+        got = f'a {type(out).__name__}'
+    return f"stage '{name}' yields {got}; a prompt needs {expected}"

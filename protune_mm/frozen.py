@@ -1,0 +1,217 @@
+"""What a Pro-tuned backbone is: frozen exactly, but for its prompts.
+
+:func:`tuned_parameters` is the one definition of "tuned"; freezing, optimizer, guard and reports
+all use it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from mmengine.logging import print_log
+from torch import Tensor, nn
+
+from .subclass import add_mixin, stock_type
+from .weights import LoadRecord
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a backbone was Pro-tuned; equal options make :func:`protune_mm.protune` idempotent."""
+
+    stages: str | list[str] | None
+    prompt: dict
+    lean: bool
+    policy: str
+    require_weights: bool
+
+
+@dataclass
+class State:
+    """What a Pro-tuned backbone knows about itself.
+
+    Attributes:
+        options: how it was Pro-tuned.
+        loads: which frozen tensors have received weights.
+        initialized: its prompts have been given their start by ``init_weights``.
+    """
+
+    options: Options
+    loads: LoadRecord = field(default_factory=LoadRecord)
+    initialized: bool = False
+
+
+class PromptedBlock:
+    """Mixin for the block that carries a prompt, as its child ``prompt``."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the stock block and join the prompt to its output."""
+        out = super().forward(*args, **kwargs)
+        site = self._protune_site
+        return site.layout.join(site, self.prompt, out, args, kwargs)
+
+
+class ProTunedBackbone:
+    """Mixin for a backbone whose every parameter and buffer is frozen, but for its prompts."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the stock backbone; the first call says loudly when it has no weights."""
+        if not self._protune.loads.checked:
+            check_weights(self)
+        return super().forward(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> nn.Module:
+        """Set the mode of the prompts; the frozen part stays in evaluation mode.
+
+        Stock ``train`` methods freeze ``layer1...N`` with all they contain and put batch norms
+        in evaluation mode, prompts included, so the prompts are set after it.
+        """
+        super().train(False)
+        for prompt in prompts(self).values():
+            prompt.train(mode)
+            prompt.requires_grad_(True)
+        return self
+
+    def init_weights(self) -> None:
+        """Run the stock initialization, then give the prompts their own start, once."""
+        if hasattr(super(), 'init_weights'):
+            super().init_weights()
+        if not self._protune.initialized:
+            with torch.random.fork_rng(devices=[]):
+                for prompt in prompts(self).values():
+                    prompt.init_weights()
+            self._protune.initialized = True
+
+    def _load_from_state_dict(
+        self, state_dict: dict, prefix: str, metadata: dict, *args: Any
+    ) -> None:
+        self._protune.loads.prefix = prefix
+        # mmpretrain's Swin converts old checkpoints only if `self.__class__ is SwinTransformer`.
+        cls = self.__class__
+        self.__class__ = stock_type(self)
+        try:
+            self._load_from_state_dict(state_dict, prefix, metadata, *args)
+        finally:
+            self.__class__ = cls
+
+
+def prompts(model: nn.Module) -> dict[str, nn.Module]:
+    """All prompt modules of a model, in the order of its modules.
+
+    Args:
+        model: any module; Pro-tuned backbones are found inside it.
+
+    Returns:
+        dict[str, nn.Module]: dotted name inside ``model`` to prompt module.
+    """
+    return {
+        f'{name}.prompt'.lstrip('.'): module.prompt
+        for name, module in model.named_modules()
+        if isinstance(module, PromptedBlock)
+    }
+
+
+def tuned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name to parameter of all prompts of a model: the one definition of "tuned".
+
+    Args:
+        model: a backbone or anything that contains one, wrapped (DDP, EMA) or not.
+
+    Returns:
+        dict[str, nn.Parameter]: dotted name inside ``model`` to parameter; empty if no prompt.
+    """
+    return {
+        f'{name}.{key}': parameter
+        for name, prompt in prompts(model).items()
+        for key, parameter in prompt.named_parameters()
+    }
+
+
+def backbones(model: nn.Module) -> dict[str, nn.Module]:
+    """Dotted name to each frozen backbone (Pro-tuned or head-only) inside a model."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, ProTunedBackbone)}
+
+
+def frozen_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every frozen parameter and buffer of a model: all that its backbones hold but prompts.
+
+    Args:
+        model: a backbone or anything that contains one.
+
+    Yields:
+        tuple[str, Tensor]: dotted name inside ``model``, and the tensor itself.
+    """
+    for prefix, backbone in backbones(model).items():
+        skip = prompts(backbone)
+        for module_name, module in backbone.named_modules(prefix=prefix):
+            relative = module_name[len(prefix) :].lstrip('.')
+            if any(relative == name or relative.startswith(f'{name}.') for name in skip):
+                continue
+            own = itertools.chain(
+                module.named_parameters(recurse=False), module.named_buffers(recurse=False)
+            )
+            for key, tensor in own:
+                yield f'{module_name}.{key}'.lstrip('.'), tensor
+
+
+def frozen_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Dotted name and module of every frozen module: all in a model's backbones but prompts."""
+    for prefix, backbone in backbones(model).items():
+        tuned = {id(m) for prompt in prompts(backbone).values() for m in prompt.modules()}
+        for name, module in backbone.named_modules(prefix=prefix):
+            if id(module) not in tuned:
+                yield name, module
+
+
+def freeze(module: nn.Module, options: Options) -> None:
+    """Make a backbone with its prompts attached a :class:`ProTunedBackbone`."""
+    add_mixin(module, ProTunedBackbone)
+    module._protune = State(options)
+    module.requires_grad_(False)
+    module.train(module.training)
+    module.register_load_state_dict_post_hook(_after_load)
+
+
+def _after_load(module: nn.Module, incompatible: Any) -> None:
+    """Record what a load brought; a stock checkpoint without prompts is no cause for warnings.
+
+    A module-level function, so that deepcopy and pickle of the backbone work.
+    """
+    loads = module._protune.loads
+    mine = [f'{loads.prefix}{name}' for name in tuned_parameters(module)]
+    missing = set(incompatible.missing_keys)
+    loads.note([name for name, _ in frozen_tensors(module)], missing, incompatible.unexpected_keys)
+    if mine and missing.issuperset(mine):
+        keep = [key for key in incompatible.missing_keys if key not in set(mine)]
+        incompatible.missing_keys[:] = keep
+        print_log(
+            f'{type(module).__name__}: the loaded weights hold no prompts; the prompts keep their '
+            'start',
+            logger='current',
+        )
+
+
+def check_weights(module: nn.Module) -> None:
+    """Say loudly, once, when a frozen backbone runs on weights that were never loaded.
+
+    Args:
+        module: a :class:`ProTunedBackbone`.
+
+    Raises:
+        RuntimeError: weights are missing and the backbone was built with
+            ``require_weights=True``.
+    """
+    loads = module._protune.loads
+    loads.checked = True
+    problem = loads.problem(module, dict(frozen_tensors(module)))
+    if problem is None:
+        return
+    if module._protune.options.require_weights:
+        loads.checked = False
+        raise RuntimeError(problem)
+    print_log(problem, logger='current', level=logging.WARNING)

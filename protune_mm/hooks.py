@@ -1,0 +1,131 @@
+"""The hook that proves, while training, that frozen means exact."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+from torch import Tensor, nn
+
+from .frozen import backbones, check_weights, frozen_modules, frozen_tensors, tuned_parameters
+from .registry import HOOKS
+from .report import parameter_line
+
+
+@HOOKS.register_module()
+class FrozenGuardHook(Hook):
+    """Fail the training if a frozen tensor moved or a prompt does not learn.
+
+    Before training: no frozen tensor asks for a gradient, no frozen module is in training mode,
+    the frozen weights are there, and a digest of every frozen tensor is taken. After the first
+    iteration: every prompt parameter got a gradient. At the start of every epoch, or of every
+    validation where the loop counts iterations: modes and version counters again, which costs
+    nothing. After training: every digest again, over every bit.
+    """
+
+    # After EMA and other hooks that touch weights, so that their doing is seen.
+    priority = 'VERY_LOW'
+
+    def __init__(self) -> None:
+        self._digests: dict[str, bytes] = {}
+        self._versions: dict[str, int] = {}
+        self._without_gradient: set[str] = set()
+        self._handles: list = []
+
+    def before_train(self, runner: Runner) -> None:
+        """Check the start, take the digests and log the parameter line."""
+        model = _unwrap(runner.model)
+        for backbone in backbones(model).values():
+            if not backbone._protune.loads.checked:
+                check_weights(backbone)
+        self._check_modes(model)
+        for name, tensor in frozen_tensors(model):
+            if tensor.requires_grad:
+                raise RuntimeError(f"frozen parameter '{name}' requires a gradient: {_CAUSE}")
+        self._digests = {name: digest(t) for name, t in frozen_tensors(model)}
+        self._versions = {name: t._version for name, t in frozen_tensors(model)}
+        self._watch_gradients(model)
+        runner.logger.info(parameter_line(model))
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        """Check modes and version counters."""
+        self._check_cheaply(_unwrap(runner.model))
+
+    def before_val(self, runner: Runner) -> None:
+        """Check version counters, for loops without epochs."""
+        self._check_versions(_unwrap(runner.model))
+
+    def after_train_iter(self, runner: Runner, *args: object, **kwargs: object) -> None:
+        """After the first iteration, every prompt parameter must have had a gradient."""
+        if not self._handles:
+            return
+        self._unwatch()
+        if self._without_gradient:
+            name = sorted(self._without_gradient)[0]
+            raise RuntimeError(
+                f"prompt parameter '{name}' got no gradient in the first iteration (and "
+                f'{len(self._without_gradient) - 1} others): its stage reaches no loss, or the '
+                "backbone's forward goes around its block; name other stages with stages=[...]"
+            )
+        self._check_modes(_unwrap(runner.model))
+
+    def after_train(self, runner: Runner) -> None:
+        """Compare every bit of every frozen tensor with the start."""
+        self._unwatch()
+        now = dict(frozen_tensors(_unwrap(runner.model)))
+        for name, before in self._digests.items():
+            if name not in now or digest(now[name]) != before:
+                raise RuntimeError(f"frozen tensor '{name}' moved during training: {_CAUSE}")
+        runner.logger.info(
+            f'Pro-tuning: {len(self._digests)} frozen tensors are bit-identical to the start'
+        )
+
+    def _check_cheaply(self, model: nn.Module) -> None:
+        self._check_modes(model)
+        self._check_versions(model)
+
+    def _check_modes(self, model: nn.Module) -> None:
+        for name, module in frozen_modules(model):
+            if module.training:
+                raise RuntimeError(f"frozen module '{name}' is in training mode: {_CAUSE}")
+
+    def _check_versions(self, model: nn.Module) -> None:
+        for name, tensor in frozen_tensors(model):
+            # A version that grew is a write; only a changed digest is a move.
+            before = self._versions.get(name)
+            if before is None or tensor._version == before:
+                continue
+            if digest(tensor) != self._digests[name]:
+                raise RuntimeError(f"frozen tensor '{name}' moved during training: {_CAUSE}")
+            self._versions[name] = tensor._version
+
+    def _watch_gradients(self, model: nn.Module) -> None:
+        tuned = tuned_parameters(model)
+        self._without_gradient = set(tuned)
+        self._handles = [
+            parameter.register_hook(lambda _, name=name: self._without_gradient.discard(name))
+            for name, parameter in tuned.items()
+        ]
+
+    def _unwatch(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+_CAUSE = 'a hook, an optimizer or a custom train() of this project touches the frozen backbone'
+
+
+def digest(tensor: Tensor) -> bytes:
+    """16 bytes that depend on every bit, the shape and the dtype of a tensor."""
+    flat = tensor.detach().to('cpu').contiguous().reshape(-1)
+    h = hashlib.blake2b(f'{tensor.dtype}{tuple(tensor.shape)}'.encode(), digest_size=16)
+    h.update(flat.view(torch.uint8).numpy())
+    return h.digest()
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    return model.module if is_model_wrapper(model) else model

@@ -1,0 +1,238 @@
+"""The one step of Pro-tuning: add prompts to a backbone and freeze the rest."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from dataclasses import replace
+from typing import Any
+
+import torch
+from mmengine.config import ConfigDict
+from torch import nn
+
+from .features import PatchGrid, Site, Tokens, Unknown
+from .frozen import Options, PromptedBlock, ProTunedBackbone, freeze
+from .probe import probe_channels
+from .registry import PROMPTS
+from .stages import Stage, find_family, known_families
+from .subclass import add_mixin, stock_type
+
+DEFAULT_PROMPT = dict(type='ProTuningBlock', ratio=8, last='residual', extra_tokens='map')
+NAMED_PROMPTS = {'paper': dict(type='ProTuningBlock', last='series')}
+POLICIES = ('prompts', 'head-only', 'full')
+
+
+def protune(
+    module: nn.Module,
+    *,
+    stages: str | list[str] | None = None,
+    prompt: str | dict | None = None,
+    lean: bool = True,
+    policy: str = 'prompts',
+    require_weights: bool = False,
+) -> nn.Module:
+    """Freeze a backbone exactly and add a trainable prompt block after its stages.
+
+    The module is changed in place and keeps its class name, its parameter names and its
+    ``state_dict`` keys; new are only the parameters below modules named ``prompt``.
+
+    Args:
+        module: a backbone that returns maps or tokens.
+        stages: where prompts go. None: after every stage of the stage table. ``'blocks'``: after
+            every block. Else names of stages or of submodules, such as
+            ``['layer1', 'layer4']``; needed for a backbone the table does not know.
+        prompt: config of the prompt block, any part of
+            ``dict(type='ProTuningBlock', ratio=8, last='residual', extra_tokens='map')``, or
+            ``'paper'``. ``last='series'`` (the paper's form) lets the prompt of the last stage
+            replace that stage's output; ``'residual'`` adds it. ``extra_tokens`` says what the
+            class token receives where a head reads nothing else: ``'map'``, a prompt of its own,
+            or ``'mean'``, the mean of the patches' prompt.
+        lean: reserved for lean execution of the frozen layers; version 0.1.0 runs stock layers
+            either way.
+        policy: ``'prompts'``; ``'head-only'``: freeze, no prompts; ``'full'``: leave the module
+            as it is, for comparison.
+        require_weights: a frozen backbone without loaded weights is an error, not a warning.
+
+    Returns:
+        The same module.
+
+    Raises:
+        ValueError: unknown family without ``stages``, unknown stage, prompt type or option, a
+            ratio that leaves no channel, or a module that is Pro-tuned already with other
+            options.
+        TypeError: a named stage yields something other than a map or tokens.
+
+    Source: arXiv 2207.14381, Figure 2.
+    """
+    options = Options(stages, _prompt_config(prompt), lean, policy, require_weights)
+    if policy not in POLICIES:
+        raise ValueError(f"policy='{policy}' is unknown: use one of {', '.join(POLICIES)}")
+    if isinstance(module, ProTunedBackbone):
+        if module._protune.options == options:
+            return module
+        raise ValueError(
+            f'this {type(module).__name__} is Pro-tuned already, with {module._protune.options}; '
+            f'it cannot be Pro-tuned again with {options}: build the stock backbone anew'
+        )
+    inner = next((n for n, m in module.named_modules() if isinstance(m, ProTunedBackbone)), None)
+    if inner is not None:
+        raise ValueError(f"submodule '{inner}' is Pro-tuned already: Pro-tune one level only")
+    if policy == 'full':
+        return module
+    sites = _sites(module, options) if policy == 'prompts' else []
+    # Everything that can fail on bad input is done before the module is touched.
+    prompts = [_build_prompt(site, options.prompt) for site in sites]
+    for site, block in zip(sites, prompts, strict=True):
+        _attach(module, site, block)
+    freeze(module, options)
+    return module
+
+
+def _prompt_config(prompt: str | dict | None) -> dict:
+    if isinstance(prompt, str):
+        if prompt not in NAMED_PROMPTS:
+            raise ValueError(
+                f"prompt='{prompt}' is unknown: use {', '.join(map(repr, NAMED_PROMPTS))} or a "
+                "dict such as dict(type='ProTuningBlock', ratio=8)"
+            )
+        prompt = NAMED_PROMPTS[prompt]
+    given = ConfigDict(prompt or {}).to_dict()
+    if given.get('type', DEFAULT_PROMPT['type']) == DEFAULT_PROMPT['type']:
+        config = {**DEFAULT_PROMPT, **given}
+    else:
+        config = {'last': 'residual', 'extra_tokens': 'map', **given}
+    for key, choices in (('last', ('residual', 'series')), ('extra_tokens', ('map', 'mean'))):
+        if config[key] not in choices:
+            raise ValueError(
+                f"prompt.{key}='{config[key]}' is unknown: use one of {', '.join(choices)}"
+            )
+    return config
+
+
+def _build_prompt(site: Site, config: dict) -> nn.Module:
+    options = {k: v for k, v in config.items() if k not in ('type', 'last', 'extra_tokens')}
+    kind = config['type']
+    cls = PROMPTS.get(kind.removeprefix('protune_mm.')) if isinstance(kind, str) else kind
+    if cls is None:
+        PROMPTS.import_from_location()
+        raise ValueError(
+            f"prompt.type='{kind}' is unknown: known are {', '.join(PROMPTS.module_dict)}; add "
+            'your own with protune_mm.registry.PROMPTS'
+        )
+    if site.series:
+        # A prompt that replaces the output and starts at zero would erase it.
+        options['zero_init'] = False
+    try:
+        # Prompts draw their start from a copy of the random state, so that the neck and head
+        # of the same seed start as they do in the stock model.
+        with torch.random.fork_rng(devices=[]):
+            return cls(channels=site.channels, **options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"prompt of stage '{site.name}': {error}") from error
+
+
+def _attach(module: nn.Module, site: Site, prompt: nn.Module) -> None:
+    block = module.get_submodule(site.block)
+    like = next(block.parameters(), None)
+    if like is not None:
+        prompt.to(device=like.device)
+    add_mixin(block, PromptedBlock)
+    block.prompt = prompt
+    block._protune_site = site
+    needs_grid = isinstance(site.layout, Tokens) and not site.layout.grid_argument
+    if needs_grid and not isinstance(module.patch_embed, PatchGrid):
+        add_mixin(module.patch_embed, PatchGrid)
+
+
+def _sites(module: nn.Module, options: Options) -> list[Site]:
+    """Where prompts go, in the order of the forward pass."""
+    family = find_family(stock_type(module))
+    if family is None and not isinstance(options.stages, list | tuple):
+        raise ValueError(
+            f'{type(module).__name__} is of no known backbone family ({known_families()}): name '
+            "its stages, stages=['layer1', ...], or add a row to protune_mm/stages.py"
+        )
+    table = family.split(module) if family else []
+    layout = family.layout if family else Unknown()
+    chosen = _choose(module, table, options.stages)
+    last_block = table[-1].blocks[-1] if table else chosen[-1][1]
+    sites = []
+    for name, path in chosen:
+        block = module.get_submodule(path)
+        if hasattr(block, 'prompt'):
+            raise ValueError(f"'{path}' has an attribute 'prompt' already: choose another block")
+        known = family is not None and path in {b for stage in table for b in stage.blocks}
+        site = Site(
+            name=name,
+            block=path,
+            channels=family.channels(block) if known else 0,
+            layout=layout if known else Unknown(),
+            series=options.prompt['last'] == 'series' and path == last_block,
+        )
+        if known:
+            read = path == last_block and family.reads_extra(module)
+            site = replace(
+                site,
+                extra=family.count_extra(module),
+                extra_tokens=options.prompt['extra_tokens'] if read else 'keep',
+            )
+        sites.append(site)
+    unknown = [site for site in sites if site.channels == 0]
+    if unknown:
+        found = probe_channels(module, unknown)
+        sites = [replace(s, channels=found.get(s.block, s.channels)) for s in sites]
+    return sites
+
+
+def _choose(
+    module: nn.Module, table: list[Stage], stages: str | list[str] | None
+) -> list[tuple[str, str]]:
+    """Pairs of stage name and the dotted name of the block that carries its prompt."""
+    if stages is None:
+        return [(stage.name, stage.blocks[-1]) for stage in table]
+    if stages == 'blocks':
+        return [(path, path) for stage in table for path in stage.blocks]
+    if isinstance(stages, str) or not stages:
+        raise ValueError(
+            f'stages={stages!r} is unknown: use None for every stage, '
+            "'blocks' for every block, or a list of names such as ['layer1']"
+        )
+    by_name = {stage.name: stage.blocks[-1] for stage in table}
+    modules = dict(module.named_modules())
+    chosen = []
+    for name in stages:
+        if name not in by_name and (name not in modules or name == ''):
+            known = list(by_name) or [n for n, _ in module.named_children()]
+            near = difflib.get_close_matches(str(name), known, 1)
+            hint = f" (did you mean '{near[0]}'?)" if near else ''
+            raise ValueError(
+                f"{type(module).__name__} has no stage '{name}'{hint}: it has {', '.join(known)}"
+            )
+        path = by_name.get(name) or _last_block(name, modules[name])
+        if path in {p for _, p in chosen}:
+            raise ValueError(f"stages={list(stages)} names block '{path}' twice")
+        chosen.append((name, path))
+    return chosen
+
+
+def _last_block(name: str, module: nn.Module) -> str:
+    """Descend from containers to the last module that runs: a container would run a prompt."""
+    path = name
+    while isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        if isinstance(module, nn.Sequential) and type(module).forward is not nn.Sequential.forward:
+            raise ValueError(
+                f"stage '{name}': {type(module).__name__} is a Sequential with a forward of its "
+                'own; name its last block instead'
+            )
+        children = list(module.named_children())
+        if not children:
+            raise ValueError(f"stage '{name}' is empty: no block can carry a prompt")
+        path = f'{path}.{children[-1][0]}'
+        module = children[-1][1]
+    return path
+
+
+def prompt_options(module: ProTunedBackbone) -> dict[str, Any]:
+    """The options a Pro-tuned backbone was made with, complete with the defaults."""
+    return copy.deepcopy(module._protune.options.__dict__)

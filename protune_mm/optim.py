@@ -1,0 +1,132 @@
+"""The optimizer of Pro-tuning: trainable parameters only, prompts in groups of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as ROOT
+from torch import nn
+
+from .frozen import tuned_parameters
+from .registry import OPTIM_WRAPPER_CONSTRUCTORS
+
+DEFAULT_CONSTRUCTOR = 'DefaultOptimWrapperConstructor'
+
+
+def wrap_constructor(optim_wrapper: dict) -> dict:
+    """Put :class:`ProTuneOptimWrapperConstructor` around the constructor a config names.
+
+    Args:
+        optim_wrapper: the config's ``optim_wrapper``, unchanged.
+
+    Returns:
+        dict: a copy that names our constructor and hands it the stock one; itself where it
+        does so already.
+    """
+    stock = optim_wrapper.get('constructor', DEFAULT_CONSTRUCTOR)
+    ours = ProTuneOptimWrapperConstructor
+    if stock is ours or stock in (f'protune_mm.{ours.__name__}', f'{__name__}.{ours.__name__}'):
+        return optim_wrapper
+    wrapped = dict(optim_wrapper)
+    wrapped['constructor'] = f'protune_mm.{ours.__name__}'
+    wrapped['paramwise_cfg'] = {**(optim_wrapper.get('paramwise_cfg') or {}), 'constructor': stock}
+    return wrapped
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class ProTuneOptimWrapperConstructor:
+    """Wrap any optimizer wrapper constructor so that it never sees frozen weights or prompts.
+
+    The stock constructor runs on the neck and head as it would, with the config's multipliers
+    and layer decay, which so cannot reach prompts. Prompts follow in two parameter groups:
+    convolution weights, and norms, biases and scales without weight decay.
+
+    Args:
+        optim_wrapper_cfg: as for the stock constructor.
+        paramwise_cfg: as for the stock constructor, and besides
+
+            - ``constructor``: type of the stock constructor. Default mmengine's default one.
+            - ``prompt_lr_mult``: factor on the base learning rate for prompts. Default 1.
+            - ``prompt_decay_mult``: factor on the base weight decay for the convolution weights
+              of prompts. Default 1.
+    """
+
+    def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None) -> None:
+        rules = dict(paramwise_cfg or {})
+        self.lr_mult = rules.pop('prompt_lr_mult', 1.0)
+        self.decay_mult = rules.pop('prompt_decay_mult', 1.0)
+        self.optim_wrapper_cfg = optim_wrapper_cfg
+        self.stock = dict(
+            type=rules.pop('constructor', DEFAULT_CONSTRUCTOR),
+            optim_wrapper_cfg=optim_wrapper_cfg,
+            paramwise_cfg=rules or None,
+        )
+
+    def __call__(self, model: nn.Module) -> OptimWrapper:
+        """Build the optimizer wrapper.
+
+        Args:
+            model: the model, wrapped (DDP) or not.
+
+        Returns:
+            OptimWrapper: its optimizer holds exactly the parameters that require a gradient.
+
+        Raises:
+            ValueError: nothing in the model is trainable.
+        """
+        model = getattr(model, 'module', model)
+        groups = self._prompt_groups(model)
+        prompts = {id(p) for group in groups for p in group['params']}
+        others = any(p.requires_grad and id(p) not in prompts for p in model.parameters())
+        if not others and not groups:
+            raise ValueError('no parameter of the model is trainable: there is nothing to optimize')
+        if not others:
+            # No neck or head to run the stock rules on: the prompts are all there is.
+            wrapper = DefaultOptimWrapperConstructor(self.optim_wrapper_cfg)(
+                nn.ParameterList([p for group in groups for p in group['params']])
+            )
+            wrapper.optimizer.param_groups.clear()
+        else:
+            with _hidden(model, prompts):
+                wrapper = ROOT.build(self.stock)(model)
+        for group in groups:
+            wrapper.optimizer.add_param_group(group)
+        return wrapper
+
+    def _prompt_groups(self, model: nn.Module) -> list[dict]:
+        decayed, plain = [], []
+        for parameter in tuned_parameters(model).values():
+            if parameter.requires_grad:
+                (plain if parameter.ndim <= 1 else decayed).append(parameter)
+        config = self.optim_wrapper_cfg['optimizer']
+        shared = {}
+        if config.get('lr') is not None:
+            shared['lr'] = config['lr'] * self.lr_mult
+        weights = {'params': decayed, **shared}
+        if config.get('weight_decay') is not None:
+            weights['weight_decay'] = config['weight_decay'] * self.decay_mult
+        rest = {'params': plain, **shared, 'weight_decay': 0.0}
+        return [group for group in (weights, rest) if group['params']]
+
+
+@contextmanager
+def _hidden(model: nn.Module, prompts: set[int]) -> Iterator[None]:
+    """Take frozen parameters and prompts out of a model's parameter lists for a while.
+
+    Stock constructors log one warning for each frozen parameter, or optimize it; without
+    ``paramwise_cfg`` they do not even look at ``requires_grad``.
+    """
+    full = {module: module._parameters for module in model.modules()}
+    try:
+        for module, parameters in full.items():
+            module._parameters = {
+                key: parameter
+                for key, parameter in parameters.items()
+                if parameter is None or (parameter.requires_grad and id(parameter) not in prompts)
+            }
+        yield
+    finally:
+        for module, parameters in full.items():
+            module._parameters = parameters

@@ -1,0 +1,5 @@
+"""Prompt types, one file each; importing the package registers them."""
+
+from .pro_tuning import ProTuningBlock
+
+__all__ = ['ProTuningBlock']

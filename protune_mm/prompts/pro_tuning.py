@@ -1,0 +1,111 @@
+"""The prompt block of Pro-tuning: 1x1 -> 5x5 -> 1x1 convolutions."""
+
+from __future__ import annotations
+
+import torch
+from mmcv.cnn import build_activation_layer, build_norm_layer
+from mmengine.model import BaseModule, kaiming_init
+from torch import Tensor, nn
+
+from ..registry import PROMPTS
+
+
+@PROMPTS.register_module()
+class ProTuningBlock(BaseModule):
+    """Turns the output of a frozen stage into a vision prompt of the same shape.
+
+    Source: Figure 2 of *Pro-tuning: Unified Prompt Tuning for Vision Tasks*, arXiv 2207.14381.
+    The figure gives the three convolutions; what it leaves open is an option here. Who calls the
+    block decides whether the prompt is added to the stage's output or replaces it.
+
+    Args:
+        channels: channels C of the stage's output.
+        ratio: the 1x1 convolutions reduce C to ``int(C / ratio)`` and restore it. Default 8.
+        kernel_size: side of the middle convolution, odd, in pixels. Default 5.
+        depthwise: the middle convolution mixes no channels. Default True.
+        norm_cfg: normalization after each of the first two convolutions, as in mmcv. Default
+            None: no normalization.
+        act_cfg: activation after each of the first two convolutions (after the normalization).
+            Default GELU; None for none.
+        scale: factor on the prompt. Default 1.
+        learnable_scale: train the factor, one number for the block. Default False.
+        zero_init: start the last convolution at zero, so that the prompt starts at exactly zero.
+            Default True.
+
+    Raises:
+        ValueError: ``ratio`` leaves no channel, or ``kernel_size`` is even.
+
+    Shape: ``(B, C, H, W) -> (B, C, H, W)``, any H and W from 1 on.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        ratio: float = 8,
+        kernel_size: int = 5,
+        depthwise: bool = True,
+        norm_cfg: dict | None = None,
+        act_cfg: dict | None = dict(type='GELU'),  # noqa: B006
+        scale: float = 1.0,
+        learnable_scale: bool = False,
+        zero_init: bool = True,
+    ) -> None:
+        super().__init__()
+        if ratio <= 0 or int(channels / ratio) < 1:
+            raise ValueError(
+                f'ratio={ratio} leaves no channel of {channels}: use a ratio above 0 and at most '
+                f'{channels}'
+            )
+        if kernel_size % 2 == 0:
+            raise ValueError(f'kernel_size={kernel_size} shifts the map by half a pixel: use odd')
+        hidden = int(channels / ratio)
+        self.zero_init = zero_init
+        # A normalization right after a convolution makes its bias redundant.
+        bias = norm_cfg is None
+        self.down = nn.Conv2d(channels, hidden, 1, bias=bias)
+        self.norm1 = build_norm_layer(norm_cfg, hidden)[1] if norm_cfg else nn.Identity()
+        self.act1 = build_activation_layer(act_cfg) if act_cfg else nn.Identity()
+        self.spatial = nn.Conv2d(
+            hidden,
+            hidden,
+            kernel_size,
+            padding=kernel_size // 2,
+            groups=hidden if depthwise else 1,
+            bias=bias,
+        )
+        self.norm2 = build_norm_layer(norm_cfg, hidden)[1] if norm_cfg else nn.Identity()
+        self.act2 = build_activation_layer(act_cfg) if act_cfg else nn.Identity()
+        self.up = nn.Conv2d(hidden, channels, 1)
+        if learnable_scale:
+            self.scale = nn.Parameter(torch.tensor(float(scale)))
+        else:
+            self.scale = float(scale)
+        self._initial_scale = float(scale)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Set the start: Kaiming for the first two convolutions, zero (or Kaiming) for the last."""
+        kaiming_init(self.down)
+        kaiming_init(self.spatial)
+        if self.zero_init:
+            nn.init.zeros_(self.up.weight)
+            nn.init.zeros_(self.up.bias)
+        else:
+            kaiming_init(self.up)
+        for norm in (self.norm1, self.norm2):
+            if getattr(norm, 'weight', None) is not None:
+                nn.init.ones_(norm.weight)
+                nn.init.zeros_(norm.bias)
+            if hasattr(norm, 'reset_running_stats'):
+                norm.reset_running_stats()
+        if isinstance(self.scale, nn.Parameter):
+            nn.init.constant_(self.scale, self._initial_scale)
+        self._is_init = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the prompt for ``x``, scale included, without adding it to ``x``."""
+        prompt = self.act1(self.norm1(self.down(x)))
+        prompt = self.up(self.act2(self.norm2(self.spatial(prompt))))
+        if isinstance(self.scale, nn.Parameter) or self.scale != 1.0:
+            prompt = prompt * self.scale
+        return prompt

@@ -1,0 +1,29 @@
+"""Registries of protune_mm, children of mmengine's.
+
+mmengine imports this module by itself for any type with the prefix ``protune_mm.``, so configs
+need no ``custom_imports``.
+"""
+
+from mmengine.registry import HOOKS as MMENGINE_HOOKS
+from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_CONSTRUCTORS
+from mmengine.registry import RUNNERS as MMENGINE_RUNNERS
+from mmengine.registry import Registry
+
+from . import compat  # noqa: F401  (its effect is wanted before any model is built)
+
+MODELS = Registry(
+    'model', parent=MMENGINE_MODELS, scope='protune_mm', locations=['protune_mm.factory']
+)
+HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='protune_mm', locations=['protune_mm.hooks'])
+RUNNERS = Registry(
+    'runner', parent=MMENGINE_RUNNERS, scope='protune_mm', locations=['protune_mm.runner']
+)
+OPTIM_WRAPPER_CONSTRUCTORS = Registry(
+    'optimizer wrapper constructor',
+    parent=MMENGINE_CONSTRUCTORS,
+    scope='protune_mm',
+    locations=['protune_mm.optim'],
+)
+PROMPTS = Registry('prompt', scope='protune_mm', locations=['protune_mm.prompts'])
+"""Prompt types. A class here takes ``channels`` and ``zero_init`` besides its own options."""

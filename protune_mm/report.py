@@ -1,0 +1,69 @@
+"""What a Pro-tuned model trains, in one line and as a table."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .frozen import backbones, prompts, tuned_parameters
+
+
+def parameter_counts(model: nn.Module) -> dict[str, int]:
+    """Count the parameters of a model by their part.
+
+    Args:
+        model: a whole model, wrapped or not.
+
+    Returns:
+        dict[str, int]: ``frozen`` and ``prompts`` of the backbones, ``rest``: trainable
+        parameters elsewhere (neck and head), ``rest_frozen``: the others there.
+    """
+    tuned = {id(p) for p in tuned_parameters(model).values()}
+    inside = {id(p) for b in backbones(model).values() for p in b.parameters()}
+    counts = dict.fromkeys(('frozen', 'prompts', 'rest', 'rest_frozen'), 0)
+    for parameter in model.parameters():
+        if id(parameter) in tuned:
+            part = 'prompts'
+        elif id(parameter) in inside:
+            part = 'frozen'
+        else:
+            part = 'rest' if parameter.requires_grad else 'rest_frozen'
+        counts[part] += parameter.numel()
+    return counts
+
+
+def parameter_line(model: nn.Module) -> str:
+    """The line a training run logs: what is frozen and what trains."""
+    n = parameter_counts(model)
+    share = 100 * n['prompts'] / n['frozen'] if n['frozen'] else 0.0
+    line = (
+        f'Pro-tuning: backbone frozen {n["frozen"]:,}, prompts {n["prompts"]:,} '
+        f'({share:.2f}% of backbone), neck+head {n["rest"]:,}'
+    )
+    return line + (f' (+{n["rest_frozen"]:,} frozen)' if n['rest_frozen'] else '')
+
+
+def prompt_rows(model: nn.Module) -> list[dict[str, object]]:
+    """One row for each prompt, in the order of the forward pass.
+
+    Returns:
+        list[dict]: keys ``stage``, ``block``, ``type``, ``channels``, ``join`` and
+        ``parameters``.
+    """
+    rows = []
+    for prefix, backbone in backbones(model).items():
+        for name, prompt in prompts(backbone).items():
+            site = backbone.get_submodule(name.removesuffix('.prompt'))._protune_site
+            join = 'series' if site.series else 'residual'
+            if site.extra_tokens != 'keep':
+                join += f', class token: {site.extra_tokens}'
+            rows.append(
+                {
+                    'stage': site.name,
+                    'block': f'{prefix}.{site.block}'.lstrip('.'),
+                    'type': type(prompt).__name__,
+                    'channels': site.channels,
+                    'join': join,
+                    'parameters': sum(p.numel() for p in prompt.parameters()),
+                }
+            )
+    return rows

@@ -1,0 +1,59 @@
+"""The Runner of Pro-tuning: resolves the overlay, groups the optimizer, guards the freeze."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.optim import OptimWrapper
+from mmengine.runner import Runner
+
+from .config import is_protuned, resolve
+from .frozen import backbones
+from .hooks import FrozenGuardHook
+from .optim import wrap_constructor
+from .registry import RUNNERS
+
+
+@RUNNERS.register_module()
+class ProTuneRunner(Runner):
+    """mmengine's Runner for a config with a Pro-tuned backbone.
+
+    Named in a config as ``runner_type='protune_mm.ProTuneRunner'``, beside the canonical line or
+    beside ``protune=dict(...)``, which it replaces by that line before anything is built. A dump
+    of its config is a complete config of its own.
+    """
+
+    @classmethod
+    def from_cfg(cls, cfg: Config) -> Runner:
+        """Build the runner.
+
+        Args:
+            cfg: a config, left unchanged.
+
+        Raises:
+            ValueError: the model has no Pro-tuned backbone, because a later config overrode it
+                or none was ever named, and what :func:`protune_mm.config.resolve` raises.
+        """
+        cfg = resolve(copy.deepcopy(cfg))
+        if not is_protuned(cfg):
+            raise ValueError(
+                "runner_type='protune_mm.ProTuneRunner', but model.backbone is not Pro-tuned: add "
+                "model=dict(backbone=dict(type='protune_mm.ProTuned', base=...)) or "
+                'protune=dict(), or drop runner_type'
+            )
+        return super().from_cfg(cfg)
+
+    def build_optim_wrapper(self, optim_wrapper: Any) -> OptimWrapper:
+        """Build the optimizer over trainable parameters only, see :mod:`protune_mm.optim`."""
+        # policy='full' has no frozen backbone, and is stock training, for comparison.
+        if isinstance(optim_wrapper, dict) and backbones(self.model):
+            optim_wrapper = wrap_constructor(optim_wrapper)
+        return super().build_optim_wrapper(optim_wrapper)
+
+    def register_hooks(self, default_hooks: Any = None, custom_hooks: Any = None) -> None:
+        """Register the config's hooks, and the guard where the config does not name it."""
+        super().register_hooks(default_hooks, custom_hooks)
+        if not any(isinstance(hook, FrozenGuardHook) for hook in self.hooks):
+            self.register_hook(FrozenGuardHook())

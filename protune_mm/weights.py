@@ -1,0 +1,84 @@
+"""Know whether a frozen backbone has received its pre-trained weights.
+
+A frozen backbone without them is worthless, and stock loading of a file whose keys do not match
+only logs a list of keys and goes on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+@dataclass
+class LoadRecord:
+    """Which frozen tensors of one backbone have been loaded.
+
+    Attributes:
+        given: the weights were there before the backbone was Pro-tuned, so nothing is asked.
+        names: names, inside the backbone, of the tensors loaded so far.
+        prefix: name of the backbone inside the model of the load that is going on.
+        foreign: keys of the last load that the backbone does not have.
+        checked: the weights have been checked since the last load.
+    """
+
+    given: bool = True
+    names: set[str] = field(default_factory=set)
+    prefix: str = ''
+    foreign: list[str] = field(default_factory=list)
+    checked: bool = False
+
+    def note(self, own: list[str], missing: set[str], unexpected: list[str]) -> None:
+        """Record one load.
+
+        Args:
+            own: names of all frozen tensors inside the backbone.
+            missing: full names that the loaded file lacks.
+            unexpected: full names in the file that nothing asked for.
+        """
+        self.names.update(name for name in own if f'{self.prefix}{name}' not in missing)
+        self.foreign = [key for key in unexpected if key.startswith(self.prefix)]
+        self.checked = False
+
+    def problem(self, backbone: nn.Module, tensors: dict[str, Tensor]) -> str | None:
+        """One line about missing weights, or None where all is well.
+
+        Integer tensors (counters, index tables) and the affine parameters of layer and group
+        norms are exempt: where a checkpoint lacks them, as ImageNet checkpoints lack the output
+        norms of Swin, their fixed start is what a user expects.
+
+        Args:
+            backbone: the backbone, for its class name.
+            tensors: its frozen tensors by name.
+        """
+        if self.given:
+            return None
+        norms = {
+            name
+            for name, module in backbone.named_modules()
+            if isinstance(module, nn.LayerNorm | nn.GroupNorm | _BatchNorm)
+            and not getattr(module, 'track_running_stats', False)
+        }
+        lacking = [
+            name
+            for name, tensor in tensors.items()
+            if tensor.is_floating_point()
+            and name not in self.names
+            and name.rpartition('.')[0] not in norms
+        ]
+        if not lacking:
+            return None
+        kind = type(backbone).__name__
+        if self.names or self.foreign:
+            foreign = f'; the file has e.g. {self.foreign[0]} instead' if self.foreign else ''
+            return (
+                f'{kind} is frozen, but the loaded weights lack {len(lacking)} of its '
+                f'{len(tensors)} tensors, first {lacking[0]}{foreign}: load a checkpoint of this '
+                'very backbone, from this library'
+            )
+        return (
+            f'{kind} is frozen, but no weights were loaded into it: give init_cfg='
+            "dict(type='Pretrained', checkpoint=...), load_from=... or a checkpoint"
+        )
