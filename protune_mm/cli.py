@@ -57,9 +57,8 @@ def parse(parser: argparse.ArgumentParser) -> tuple[Config, argparse.Namespace]:
     if args.work_dir:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
-        cfg.work_dir = str(
-            Path('work_dirs') / Path(args.config.partition('::')[2] or args.config).stem
-        )
+        name = args.config.partition('::')[2] or args.config
+        cfg.work_dir = str(Path('work_dirs') / Path(name).stem)
     set_dataloader_defaults(cfg, args)
     return cfg, args
 

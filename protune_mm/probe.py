@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import copy
+import itertools
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 
 from .features import EXPECTED, Site, unexpected_output
 
@@ -18,7 +19,7 @@ def probe_channels(module: nn.Module, sites: list[Site]) -> dict[str, int]:
     """Channels of the outputs of some blocks.
 
     Fake tensors carry shapes only, so the pass costs no memory and changes no weight or
-    statistic. Blocks that name the argument count: 1 in, the image; 3 channels are assumed.
+    statistic. The image has 3 channels.
 
     Args:
         module: the backbone, unchanged afterwards.
@@ -32,27 +33,34 @@ def probe_channels(module: nn.Module, sites: list[Site]) -> dict[str, int]:
         ValueError: the backbone cannot run on a 3-channel image of :data:`PROBE_SIZE` pixels.
     """
     outputs: dict[str, object] = {}
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        # The copy holds fake weights: the deep copy runs under the mode.
-        ghost = copy.deepcopy(module).eval()
-        handles = [
-            ghost.get_submodule(site.block).register_forward_hook(
-                lambda _m, _i, out, name=site.block: outputs.__setitem__(name, out)
-            )
-            for site in sites
-        ]
-        image = torch.empty(1, 3, PROBE_SIZE, PROBE_SIZE)
-        try:
-            with torch.no_grad():
-                ghost(image)
-        except Exception as error:
-            raise ValueError(
-                f'{type(module).__name__} failed on a probe image of shape {tuple(image.shape)}, '
-                f'so the channels of its stages cannot be found: {error}'
-            ) from error
-        finally:
-            for handle in handles:
-                handle.remove()
+    handles = [
+        module.get_submodule(site.block).register_forward_hook(
+            lambda _m, _i, out, name=site.block: outputs.__setitem__(name, out)
+        )
+        for site in sites
+    ]
+    modes = {m: m.training for m in module.modules()}
+    fake = FakeTensorMode()
+    state = itertools.chain(module.named_parameters(), module.named_buffers())
+    # On the CPU, whatever the device of the weights: fake CUDA tensors need a CUDA device.
+    ghost = {name: fake.from_tensor(t.detach().to('meta')).to('cpu') for name, t in state}
+    try:
+        for m in modes:
+            m.training = False
+        with fake, torch.no_grad():
+            image = torch.empty(1, 3, PROBE_SIZE, PROBE_SIZE)
+            functional_call(module, ghost, (image,))
+    except Exception as error:
+        raise ValueError(
+            f'{type(module).__name__} failed on a probe image of shape '
+            f'{(1, 3, PROBE_SIZE, PROBE_SIZE)}, so the channels of its stages cannot be found: '
+            f'{error}'
+        ) from error
+    finally:
+        for m, mode in modes.items():
+            m.training = mode
+        for handle in handles:
+            handle.remove()
     channels = {}
     for site in sites:
         if site.block not in outputs:

@@ -1,0 +1,160 @@
+"""Train one config under several policies, same steps and seed, and write the table.
+
+    python tools/compare.py configs/small/*.py --out docs/real_runs
+
+Each run trains with tools/train.py, picks its best checkpoint by the validation split and tests
+it on the test split. Results go to OUT/results.jsonl, one line a run, as soon as the run ends; a
+run that is there is not repeated. The table in OUT/README.md is drawn from that file alone.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from protune_mm import cli
+from protune_mm.compat import stack_versions
+from protune_mm.inject import POLICIES
+
+TOOLS = Path(__file__).parent
+ORDER = ('head-only', 'prompts', 'full')
+TITLES = {'head-only': 'head-only', 'prompts': 'Pro-tuned', 'full': 'full fine-tuning'}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('configs', nargs='+', help='Pro-tuned configs with save_best set')
+    parser.add_argument('--policies', nargs='+', choices=POLICIES, default=list(ORDER))
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--epochs', type=int, help='default: as the config says')
+    parser.add_argument('--out', default='docs/real_runs', help='folder of results and table')
+    parser.add_argument('--work-dir', default='work_dirs/compare')
+    args = parser.parse_args()
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    results = out / 'results.jsonl'
+    plan = [(config, policy) for config in args.configs for policy in args.policies]
+    for number, (config, policy) in enumerate(plan, 1):
+        done = read(results)
+        key = (Path(config).stem, policy, args.seed)
+        if any((row['config'], row['policy'], row['seed']) == key for row in done):
+            print(f'[{number}/{len(plan)}] {key}: already in {results}', flush=True)
+            continue
+        print(f'[{number}/{len(plan)}] {key}: training', flush=True)
+        row = run(config, policy, args)
+        with results.open('a') as file:
+            file.write(json.dumps(row) + '\n')
+        print(f'[{number}/{len(plan)}] {key}: test {row["metric"]} {row["test"]}', flush=True)
+    (out / 'README.md').write_text(table(read(results)))
+
+
+def run(config: str, policy: str, args: argparse.Namespace) -> dict:
+    """Train, pick by validation, test; return one line of results."""
+    cfg = cli.read_config(config, policy=policy)
+    metric = cfg.default_hooks.checkpoint.save_best
+    work = Path(args.work_dir) / Path(config).stem / f'{policy}-seed{args.seed}'
+    options = [f'randomness.seed={args.seed}']
+    if args.epochs:
+        options.append(f'train_cfg.max_epochs={args.epochs}')
+    train = [config, '--policy', policy, '--work-dir', str(work), '--cfg-options', *options]
+    start = time.time()
+    call('train.py', train)
+    wall = time.time() - start
+    curve = validation_curve(work, metric)
+    best = max(curve, key=curve.get)
+    checkpoint = next(work.glob(f'best_{metric.replace("/", "_")}_epoch_{best}.pth'))
+    scores = work / 'test.json'
+    test = [config, str(checkpoint), '--policy', policy, '--work-dir', str(work)]
+    call('test.py', [*test, '--out', str(scores)])
+    return {
+        'config': Path(config).stem,
+        'policy': policy,
+        'seed': args.seed,
+        'metric': metric,
+        'epochs': max(curve),
+        'best_epoch': best,
+        'val': curve[best],
+        'val_curve': list(curve.values()),
+        'test': json.loads(scores.read_text())[metric],
+        'parameters': counts(cfg, policy),
+        'wall_s': round(wall),
+        'threads': torch.get_num_threads(),
+        'command': f'python tools/compare.py {config} --policies {policy} --seed {args.seed}'
+        + (f' --epochs {args.epochs}' if args.epochs else ''),
+        'versions': stack_versions(),
+    }
+
+
+def call(tool: str, arguments: list) -> None:
+    log = subprocess.run(
+        [sys.executable, str(TOOLS / tool), *arguments], capture_output=True, text=True
+    )
+    if log.returncode:
+        sys.exit(f'tools/{tool} {" ".join(arguments)} failed:\n{log.stderr[-3000:]}')
+
+
+def validation_curve(work: Path, metric: str) -> dict:
+    """Epoch to validation score, from the newest log of a work directory."""
+    newest = max(work.glob('*/vis_data/scalars.json'), key=lambda p: p.stat().st_mtime)
+    rows = [json.loads(line) for line in newest.read_text().splitlines()]
+    return {row['step']: row[metric] for row in rows if metric in row}
+
+
+def counts(cfg: object, policy: str) -> dict:
+    """Parameters of the model by part, and how many of them train."""
+    from mmengine.registry import MODELS, init_default_scope
+
+    from protune_mm.report import parameter_counts
+
+    init_default_scope(cfg.default_scope)
+    model = MODELS.build(cfg.model)
+    found = parameter_counts(model)
+    found['trained'] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return found
+
+
+def read(results: Path) -> list:
+    return (
+        [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    )
+
+
+def table(rows: list) -> str:
+    """The document: one table a config, with the commands and what they ran on."""
+    text = ['# Real runs: head-only, Pro-tuned and full fine-tuning', '']
+    text += [
+        'Real images and real ImageNet weights, same steps, seed and data for each policy. The',
+        'checkpoint is picked on the validation split and scored on the test split. Drawn by',
+        '`tools/compare.py` from `results.jsonl`, which also holds every validation curve.',
+        '',
+    ]
+    for config in dict.fromkeys(row['config'] for row in rows):
+        mine = [row for row in rows if row['config'] == config]
+        text += [f'## {config}', '', f'Metric: {mine[0]["metric"]}.', '']
+        text += [
+            '| policy | seed | test | val (epoch / of) | val, last third | prompts | trained |'
+        ]
+        text += ['|---|---|---|---|---|---|---|']
+        for row in sorted(mine, key=lambda r: (ORDER.index(r['policy']), r['seed'])):
+            curve = row['val_curve']
+            third = len(curve) * 2 // 3
+            gain = max(curve[third:]) - max(curve[:third] or curve)
+            n = row['parameters']
+            text.append(
+                f'| {TITLES[row["policy"]]} | {row["seed"]} | **{row["test"]:.4g}** '
+                f'| {row["val"]:.4g} ({row["best_epoch"]} / {row["epochs"]}) | {gain:+.3g} '
+                f'| {n["prompts"]:,} | {n["trained"]:,} |'
+            )
+        text += ['', '```', *dict.fromkeys(row['command'] for row in mine), '```', '']
+    versions = ', '.join(f'{k} {v}' for k, v in rows[-1]['versions'].items())
+    text += ['"val, last third": what the last third of the epochs added to the best score before.']
+    text += ['', f'Run on CPU ({rows[-1]["threads"]} threads a run), with {versions}.', '']
+    return '\n'.join(text)
+
+
+if __name__ == '__main__':
+    cli.run(main)
