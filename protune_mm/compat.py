@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import importlib
+import pickle
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 
 import numpy as np
@@ -58,31 +59,39 @@ def allow_checkpoint_types() -> None:
     """Let ``torch.load`` of torch 2.6 and later read mmengine's own checkpoints.
 
     Since torch 2.6 the default is ``weights_only=True``, and mmengine 0.10 passes nothing, so
-    ``--resume`` fails on the log history in ``message_hub``. The types listed here hold numbers
-    only; nothing that runs code on reading is allowed.
+    ``--resume``, and loading any file of mmengine's CheckpointHook, fails on the log history in
+    ``message_hub``. The types allowed here hold numbers only; nothing that runs code on reading
+    is allowed.
     """
-    add_safe_globals = getattr(torch.serialization, 'add_safe_globals', None)
-    if add_safe_globals is None:
-        return
+    major, minor = (int(part) for part in torch.__version__.split('.')[:2])
+    if (major, minor) < (2, 6):
+        return  # The default is weights_only=False there.
     core = importlib.import_module(
         'numpy._core.multiarray' if hasattr(np, '_core') else 'numpy.core.multiarray'
     )
     dtypes = [getattr(np.dtypes, name) for name in np.dtypes.__all__]
-    types: list = [HistoryBuffer, np.ndarray, np.dtype, core._reconstruct, core.scalar]
-    types += [*dtypes, collections.defaultdict, *(int, float, list, dict, set)]
-    if hasattr(np, '_core'):
-        # A file written under numpy 1 names the old module; torch compares names.
-        types.append((core._reconstruct, 'numpy.core.multiarray._reconstruct'))
-        types.append((core.scalar, 'numpy.core.multiarray.scalar'))
-    if not _accepts_pairs():
-        types = [t for t in types if not isinstance(t, tuple)]
-    add_safe_globals(types)
+    types: list = [HistoryBuffer, np.ndarray, np.dtype, *dtypes, collections.defaultdict]
+    types += [int, float, bool, str, list, dict, set, (history_statistic, 'builtins.getattr')]
+    # A file may have been written under numpy 1 and read under 2, or the other way round.
+    for module in ('numpy._core.multiarray', 'numpy.core.multiarray'):
+        types += [(core._reconstruct, f'{module}._reconstruct'), (core.scalar, f'{module}.scalar')]
+    torch.serialization.add_safe_globals(types)
 
 
-def _accepts_pairs() -> bool:
-    """Whether this torch takes ``(object, 'name')`` pairs (2.5 and later)."""
-    major, minor = (int(part) for part in torch.__version__.split('.')[:2])
-    return (major, minor) >= (2, 5)
+def history_statistic(owner: object, name: str) -> object:
+    """Stand in for ``getattr`` in checkpoints: a log history pickles its own methods.
+
+    Allowing ``getattr`` itself would let a file call anything.
+
+    Raises:
+        UnpicklingError: anything but a statistic of :class:`HistoryBuffer`.
+    """
+    if owner is not HistoryBuffer or name not in HISTORY_STATISTICS:
+        raise pickle.UnpicklingError(f'a checkpoint asks for attribute {name!r} of {owner!r}')
+    return getattr(owner, name)
+
+
+HISTORY_STATISTICS = ('min', 'max', 'current', 'mean', 'statistics')
 
 
 register_config_packages()
