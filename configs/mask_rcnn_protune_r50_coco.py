@@ -1,0 +1,4 @@
+_base_ = ['mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py']
+
+model = dict(backbone=dict(type='protune_mm.ProTuned', base='ResNet'))
+runner_type = 'protune_mm.ProTuneRunner'
