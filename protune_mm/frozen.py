@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,9 +79,14 @@ class ProTunedBackbone:
         return self
 
     def init_weights(self) -> None:
-        """Run the stock initialization, then give the prompts their own start, once."""
+        """Run the stock initialization without the prompts, then give them their own start, once.
+
+        Stock rules reach everything below the backbone, and would draw random numbers for
+        prompts: the neck and head of one seed start as they do in the stock model.
+        """
         if hasattr(super(), 'init_weights'):
-            super().init_weights()
+            with _without_prompts(self):
+                super().init_weights()
         if not self._protune.initialized:
             with torch.random.fork_rng(devices=[]):
                 for prompt in prompts(self).values():
@@ -100,6 +106,17 @@ class ProTunedBackbone:
             self.__class__ = cls
 
 
+@contextmanager
+def _without_prompts(backbone: nn.Module) -> Iterator[None]:
+    blocks = [m for m in backbone.modules() if isinstance(m, PromptedBlock)]
+    taken = [block._modules.pop('prompt') for block in blocks]
+    try:
+        yield
+    finally:
+        for block, prompt in zip(blocks, taken, strict=True):
+            block._modules['prompt'] = prompt
+
+
 def prompts(model: nn.Module) -> dict[str, nn.Module]:
     """All prompt modules of a model, in the order of its modules.
 
@@ -112,7 +129,7 @@ def prompts(model: nn.Module) -> dict[str, nn.Module]:
     return {
         f'{name}.prompt'.lstrip('.'): module.prompt
         for name, module in model.named_modules()
-        if isinstance(module, PromptedBlock)
+        if isinstance(module, PromptedBlock) and 'prompt' in module._modules
     }
 
 

@@ -77,6 +77,7 @@ class ProTuneOptimWrapperConstructor:
             ValueError: nothing in the model is trainable.
         """
         model = getattr(model, 'module', model)
+        tuned_names = {id(p): name for name, p in tuned_parameters(model).items()}
         groups = self._prompt_groups(model)
         prompts = {id(p) for group in groups for p in group['params']}
         others = any(p.requires_grad and id(p) not in prompts for p in model.parameters())
@@ -91,8 +92,12 @@ class ProTuneOptimWrapperConstructor:
         else:
             with _hidden(model, prompts):
                 wrapper = ROOT.build(self.stock)(model)
+        # Layer-decay constructors name the parameters of their groups; since torch 2.7 either all
+        # groups of an optimizer are named or none.
+        named = any('param_names' in group for group in wrapper.optimizer.param_groups)
         for group in groups:
-            wrapper.optimizer.add_param_group(group)
+            names = {'param_names': [tuned_names[id(p)] for p in group['params']]} if named else {}
+            wrapper.optimizer.add_param_group({**group, **names})
         return wrapper
 
     def _prompt_groups(self, model: nn.Module) -> list[dict]:

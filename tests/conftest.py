@@ -1,0 +1,146 @@
+"""Shared fixtures: the stage table as parameters, scopes, and small data written on the fly."""
+
+import copy
+import logging
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+with warnings.catch_warnings():
+    # What the stack warns of while it is imported is not ours; later warnings are errors.
+    warnings.simplefilter('ignore')
+    import mmdet.models  # noqa: F401
+    import mmpretrain.models  # noqa: F401
+    import mmseg.models  # noqa: F401
+    from mmengine.logging import MMLogger
+    from mmengine.registry import MODELS, DefaultScope
+
+    import protune_mm  # noqa: F401
+    from protune_mm.stages import FAMILIES
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = [
+    pytest.param(library, family, id=f'{library}-{family.name}')
+    for family in FAMILIES
+    for library in family.examples
+]
+
+
+def example(library, family):
+    """A copy of a row's example config, and its type."""
+    config = copy.deepcopy(family.examples[library])
+    return config, config.pop('type')
+
+
+def build_stock(library, family, **more):
+    """The stock backbone of a row's example, in evaluation mode (some `eval` return None)."""
+    config, kind = example(library, family)
+    backbone = MODELS.build(dict(type=f'{library}.{kind}', **{**config, **more}))
+    backbone.eval()
+    return backbone
+
+
+def build_protuned(library, family, **more):
+    """The Pro-tuned backbone of a row's example, in evaluation mode."""
+    config, kind = example(library, family)
+    config = {**config, **more}
+    return MODELS.build(dict(type='protune_mm.ProTuned', base=f'{library}.{kind}', **config)).eval()
+
+
+def pair(library, family, **more):
+    """A stock backbone and a Pro-tuned one with the same weights.
+
+    The stock one is frozen too: PyTorch picks other kernels for weights that need a gradient,
+    which differ in the last bit.
+    """
+    torch.manual_seed(0)
+    stock = build_stock(library, family)
+    stock.requires_grad_(False)
+    tuned = build_protuned(library, family, **more)
+    tuned.load_state_dict(stock.state_dict())
+    return stock, tuned
+
+
+def flat(outputs):
+    """All tensors of a backbone's output, in order."""
+    if isinstance(outputs, torch.Tensor):
+        return [outputs]
+    return [tensor for output in outputs for tensor in flat(output)]
+
+
+def image(batch=2, height=64, width=96):
+    """A non-square image, so that a mixed-up axis shows."""
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+def move_prompts(module):
+    """Give the prompts a visible effect, the same each time."""
+    from protune_mm.frozen import prompts
+
+    generator = torch.Generator().manual_seed(2)
+    for prompt in prompts(module).values():
+        for parameter in prompt.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+
+
+@pytest.fixture(autouse=True)
+def clean_scope():
+    """No default scope leaks from one test into the next."""
+    yield
+    DefaultScope._instance_dict.clear()
+
+
+@pytest.fixture
+def log(caplog):
+    """Text of everything logged during a test, through mmengine's logger too."""
+    logger = MMLogger.get_current_instance()
+    logger.addHandler(caplog.handler)
+    caplog.set_level(logging.INFO)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+def run_tool(*arguments, check=True, env=None):
+    """Run a script with this Python from the repository root, as a user would."""
+    done = subprocess.run(
+        [sys.executable, '-W', 'ignore', *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, 'OMP_NUM_THREADS': '1', **(env or {})},
+    )
+    if check:
+        assert done.returncode == 0, f'{arguments}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}'
+    return done
+
+
+@pytest.fixture(scope='session')
+def shapes(tmp_path_factory):
+    """A COCO-format folder with a dozen drawn images."""
+    out = tmp_path_factory.mktemp('data') / 'shapes'
+    run_tool('tools/make_shapes.py', out, '--train', 6, '--val', 4, '--size', 96, 64)
+    return out
+
+
+@pytest.fixture(scope='session')
+def pictures(tmp_path_factory):
+    """Six images with semantic masks (three classes), and the same in folders of two classes."""
+    import cv2
+    import numpy as np
+
+    root = tmp_path_factory.mktemp('pictures')
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        picture = rng.integers(0, 255, (48, 64, 3), dtype=np.uint8)
+        for folder in ('images', f'classes/{"ab"[i % 2]}', 'masks'):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(root / f'images/{i}.png'), picture)
+        cv2.imwrite(str(root / f'classes/{"ab"[i % 2]}/{i}.png'), picture)
+        mask = rng.integers(0, 3, (48, 64), dtype=np.uint8)
+        cv2.imwrite(str(root / f'masks/{i}.png'), mask)
+    return root

@@ -1,0 +1,111 @@
+"""The guard hook fails a training in which a frozen tensor moves or a prompt gets no gradient."""
+
+import pytest
+import torch
+from mmengine.hooks import Hook
+from torch import nn
+
+import protune_mm
+from protune_mm.frozen import frozen_tensors
+from protune_mm.hooks import FrozenGuardHook, digest
+from protune_mm.runner import ProTuneRunner
+from tests.test_frozen import runner
+
+pytestmark = pytest.mark.filterwarnings('ignore:Lazy modules are a new feature')
+BACKBONE = dict(type='protune_mm.ProTuned', base='mmdet.ResNet', depth=18)
+
+
+class Meddle(Hook):
+    """Do something to the backbone at one point of the training."""
+
+    priority = 'LOW'
+
+    def __init__(self, when, what):
+        self.what = what
+        setattr(self, when, lambda run, *a, **k: self.what(run.model.backbone))
+
+
+def train(tmp_path, meddle=None, backbone=BACKBONE, **more):
+    hooks = [meddle] if meddle else []
+    run = runner(tmp_path, backbone, ProTuneRunner, custom_hooks=hooks, **more)
+    run.train()
+    return run
+
+
+def test_a_clean_training_passes_and_says_so(tmp_path):
+    run = train(tmp_path)
+    log = next(tmp_path.glob('*/*.log')).read_text()
+    count = len(list(frozen_tensors(run.model)))
+    assert f'{count} frozen tensors are bit-identical to the start' in log
+    n = {
+        'frozen': sum(p.numel() for p in run.model.backbone.parameters() if not p.requires_grad),
+        'prompts': sum(p.numel() for p in protune_mm.tuned_parameters(run.model).values()),
+        'head': sum(p.numel() for p in run.model.head.parameters()),
+    }
+    line = f'backbone frozen {n["frozen"]:,}, prompts {n["prompts"]:,} '
+    assert line in log
+    assert f'neck+head {n["head"]:,}' in log
+    assert sum(isinstance(h, FrozenGuardHook) for h in run.hooks) == 1
+
+
+MOVES = {
+    'layer4.1.bn2.running_var': lambda b: b.layer4[1].bn2.running_var.add_(1e-7),
+    'conv1.weight': lambda b: b.conv1.weight.data.mul_(1.0000001),
+    'layer2.0.bn1.num_batches_tracked': lambda b: b.layer2[0].bn1.num_batches_tracked.add_(1),
+}
+
+
+@pytest.mark.parametrize('name', MOVES)
+@pytest.mark.parametrize('when', ['after_train_iter', 'after_train_epoch'])
+def test_the_first_tensor_that_moved_is_named(tmp_path, name, when):
+    with pytest.raises(RuntimeError, match=f"frozen tensor 'backbone.{name}' moved"):
+        train(tmp_path, Meddle(when, MOVES[name]))
+
+
+def test_a_frozen_module_in_training_mode_is_named(tmp_path):
+    meddle = Meddle('before_train', lambda b: b.layer3[0].bn1.train())
+    with pytest.raises(RuntimeError, match=r"'backbone.layer3.0.bn1' is in training mode"):
+        train(tmp_path, meddle)
+
+
+def test_a_frozen_parameter_that_asks_for_a_gradient_is_named(tmp_path):
+    meddle = Meddle('before_train', lambda b: b.conv1.requires_grad_(True))
+    with pytest.raises(RuntimeError, match=r"'backbone.conv1.weight' requires a gradient"):
+        train(tmp_path, meddle)
+
+
+def test_a_prompt_without_gradient_is_named(tmp_path):
+    def detach(backbone):
+        backbone.layer4[1].prompt = nn.Sequential(nn.Identity(), Detached(512))
+
+    class Detached(nn.Conv2d):
+        def __init__(self, channels):
+            super().__init__(channels, channels, 1)
+
+        def forward(self, x):
+            return super().forward(x).detach()
+
+    meddle = Meddle('before_train', detach)
+    with pytest.raises(RuntimeError, match=r"'backbone.layer4.1.prompt.1.bias' got no gradient"):
+        train(tmp_path, meddle)
+
+
+def test_the_digest_sees_every_bit_and_the_shape():
+    x = torch.arange(6, dtype=torch.float32)
+    assert digest(x) == digest(x.clone())
+    assert digest(x) != digest(x.reshape(2, 3))
+    assert digest(x) != digest(x.double())
+    assert digest(torch.tensor(0.0)) != digest(torch.tensor(-0.0)), 'bits, not values'
+    assert digest(x.reshape(2, 3).t()) == digest(x.reshape(2, 3).t().contiguous())
+    assert digest(torch.tensor([], dtype=torch.bfloat16))
+    assert digest(torch.tensor(3))
+
+
+def test_grad_accumulation_and_iteration_loops_pass(tmp_path):
+    more = dict(
+        train_cfg=dict(by_epoch=False, max_iters=4, val_interval=10),
+        optim_wrapper=dict(
+            optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.1), accumulative_counts=2
+        ),
+    )
+    train(tmp_path, **more)

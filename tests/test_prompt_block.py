@@ -1,0 +1,111 @@
+"""The prompt block is 1x1 -> 5x5 -> 1x1, keeps the shape, and starts at zero."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from protune_mm.prompts import ProTuningBlock
+
+# Channels, height, width: primes, one pixel, and a map smaller than the kernel.
+SHAPES = [(16, 8, 12), (24, 1, 1), (8, 3, 2), (32, 13, 7)]
+
+
+@pytest.mark.parametrize(('channels', 'height', 'width'), SHAPES)
+@pytest.mark.parametrize('ratio', [1, 4, 8])
+def test_keeps_the_shape(channels, height, width, ratio):
+    block = ProTuningBlock(channels, ratio=ratio)
+    assert block(torch.randn(2, channels, height, width)).shape == (2, channels, height, width)
+
+
+def test_holds_exactly_three_convolutions_of_figure_2():
+    convs = [m for m in ProTuningBlock(32).modules() if isinstance(m, nn.Conv2d)]
+    assert [conv.kernel_size for conv in convs] == [(1, 1), (5, 5), (1, 1)]
+    assert [conv.out_channels for conv in convs] == [4, 4, 32]
+    assert convs[1].groups == 4, 'depth-wise by default'
+    dense = ProTuningBlock(32, depthwise=False)
+    assert dense.spatial.groups == 1
+
+
+@pytest.mark.parametrize('depthwise', [True, False])
+@pytest.mark.parametrize('act', [True, False])
+@pytest.mark.parametrize('scale', [1.0, 0.1])
+def test_forward_and_gradient_equal_a_plain_reference(depthwise, act, scale):
+    torch.manual_seed(0)
+    act_cfg = dict(type='GELU') if act else None
+    block = ProTuningBlock(
+        16, ratio=4, depthwise=depthwise, act_cfg=act_cfg, scale=scale, zero_init=False
+    ).double()
+    x = torch.randn(2, 16, 7, 11, dtype=torch.float64)
+    gelu = F.gelu if act else (lambda t: t)
+
+    def reference(x, wd, bd, ws, bs, wu, bu):
+        hidden = gelu(torch.einsum('oi,bihw->bohw', wd[:, :, 0, 0], x) + bd[:, None, None])
+        hidden = gelu(F.conv2d(hidden, ws, bs, padding=2, groups=4 if depthwise else 1))
+        out = torch.einsum('oi,bihw->bohw', wu[:, :, 0, 0], hidden) + bu[:, None, None]
+        return out * scale
+
+    inputs = [
+        x,
+        *(p.detach() for c in (block.down, block.spatial, block.up) for p in c.parameters()),
+    ]
+    for tensor in inputs:
+        tensor.requires_grad_()
+    expected = reference(*inputs)
+    grads = torch.autograd.grad(expected.square().sum(), inputs)
+    y = x.detach().requires_grad_()
+    got = block(y)
+    got.square().sum().backward()
+    found = [y.grad, *(p.grad for p in block.parameters())]
+    # float64: sums in another order only.
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+    for name, g, e in zip(('x', *dict(block.named_parameters())), found, grads, strict=True):
+        torch.testing.assert_close(g, e, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f'{n}: {m}')
+
+
+def test_starts_at_exactly_zero_and_still_learns():
+    block = ProTuningBlock(16)
+    out = block(torch.randn(1, 16, 5, 5))
+    assert out.abs().max() == 0
+    out.sum().backward()
+    assert block.up.weight.grad.abs().max() > 0
+    assert ProTuningBlock(16, zero_init=False)(torch.randn(1, 16, 5, 5)).abs().max() > 0
+
+
+def test_init_weights_restores_the_start():
+    block = ProTuningBlock(16, norm_cfg=dict(type='BN'), learnable_scale=True, scale=0.5)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter)
+    block.init_weights()
+    assert block.up.weight.abs().max() == 0
+    assert block.up.bias.abs().max() == 0
+    assert block.scale == 0.5
+    assert torch.equal(block.norm1.weight, torch.ones(2))
+
+
+def test_norm_and_learnable_scale_are_options():
+    block = ProTuningBlock(16, norm_cfg=dict(type='GN', num_groups=1), learnable_scale=True)
+    assert isinstance(block.norm1, nn.GroupNorm)
+    assert block.down.bias is None, 'a bias right before a norm does nothing'
+    assert block.scale.requires_grad
+
+
+def test_spatial_context_is_five_by_five():
+    block = ProTuningBlock(8, ratio=1, zero_init=False, act_cfg=None)
+    x = torch.zeros(1, 8, 11, 11)
+    base = block(x)
+    x[0, :, 5, 5] = 1
+    touched = (block(x) - base).abs().sum(1)[0] > 0
+    assert touched.nonzero().amin(0).tolist() == [3, 3]
+    assert touched.nonzero().amax(0).tolist() == [7, 7]
+
+
+@pytest.mark.parametrize('ratio', [17, 1000, 0, -1])
+def test_a_ratio_that_leaves_no_channel_is_an_error(ratio):
+    with pytest.raises(ValueError, match=f'ratio={ratio} leaves no channel of 16'):
+        ProTuningBlock(16, ratio=ratio)
+
+
+def test_an_even_kernel_is_an_error():
+    with pytest.raises(ValueError, match='kernel_size=4'):
+        ProTuningBlock(16, kernel_size=4)
