@@ -146,7 +146,8 @@ def run(main: Callable[[], None]) -> None:
     except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
         if os.environ.get(DEBUG) == '1' or not _is_bad_input(error):
             raise
-        sys.exit(f'error: {error}')
+        print(f'error: {error}', file=sys.stderr)
+        sys.exit(2)
 
 
 def _is_bad_input(error: Exception) -> bool:

@@ -145,15 +145,18 @@ def load_config(path: str, *, protune: bool = False, **options: Any) -> Config:
         FileNotFoundError: no such file.
         ValueError: see :func:`resolve`.
     """
-    cfg = resolve(Config.fromfile(_locate(path)))
+    cfg = resolve(_read(str(path)))
     return protune_config(cfg, **options) if protune else cfg
 
 
-def _locate(path: str) -> str:
-    package, _, name = str(path).partition('::')
+def _read(path: str) -> Config:
+    package, _, name = path.partition('::')
     if not name:
-        return str(path)
+        return Config.fromfile(path)
     if package == 'protune_mm':
         # mmengine wants a folder in the path, and our configs lie flat.
-        return str(_SHIPPED / 'configs' / name)
-    return Config._get_cfg_path(str(path), '')[0]
+        return Config.fromfile(str(_SHIPPED / 'configs' / name))
+    # Read as the base of an empty child, so that it gets the scope that a child's base gets.
+    cfg = Config.fromstring(f'_base_ = [{path!r}]', '.py')
+    object.__setattr__(cfg, '_filename', Config._get_cfg_path(path, '')[0])
+    return cfg

@@ -1,4 +1,4 @@
-"""Find the channels of stages the table does not know, by one forward pass on fake tensors."""
+"""Shapes of a backbone's blocks, by one forward pass on fake tensors."""
 
 from __future__ import annotations
 
@@ -11,33 +11,35 @@ from torch.func import functional_call
 
 from .features import EXPECTED, Site, unexpected_output
 
-PROBE_SIZE = 224
-"""Side of the probe image, in pixels: every backbone with a native size accepts it or says so."""
+PROBE_SIZE = (224, 224)
+"""Height and width of the probe image, in pixels: the native size of most backbones."""
 
 
-def probe_channels(module: nn.Module, sites: list[Site]) -> dict[str, int]:
-    """Channels of the outputs of some blocks.
+def probe_outputs(
+    module: nn.Module, names: list[str], size: tuple[int, int] = PROBE_SIZE
+) -> dict[str, object]:
+    """Outputs of some submodules for one image, as fake tensors.
 
     Fake tensors carry shapes only, so the pass costs no memory and changes no weight or
-    statistic. The image has 3 channels.
+    statistic.
 
     Args:
         module: the backbone, unchanged afterwards.
-        sites: where to look.
+        names: dotted names of submodules.
+        size: height and width of the image, in pixels. The image has 3 channels.
 
     Returns:
-        dict[str, int]: dotted name of a block to the channels C of its output.
+        dict[str, object]: dotted name to output, for the submodules that ran.
 
     Raises:
-        TypeError: a block yields something other than a map or tokens, or never runs.
-        ValueError: the backbone cannot run on a 3-channel image of :data:`PROBE_SIZE` pixels.
+        ValueError: the backbone cannot run on such an image.
     """
     outputs: dict[str, object] = {}
     handles = [
-        module.get_submodule(site.block).register_forward_hook(
-            lambda _m, _i, out, name=site.block: outputs.__setitem__(name, out)
+        module.get_submodule(name).register_forward_hook(
+            lambda _m, _i, out, name=name: outputs.__setitem__(name, out)
         )
-        for site in sites
+        for name in names
     ]
     modes = {m: m.training for m in module.modules()}
     fake = FakeTensorMode()
@@ -48,19 +50,35 @@ def probe_channels(module: nn.Module, sites: list[Site]) -> dict[str, int]:
         for m in modes:
             m.training = False
         with fake, torch.no_grad():
-            image = torch.empty(1, 3, PROBE_SIZE, PROBE_SIZE)
-            functional_call(module, ghost, (image,))
+            functional_call(module, ghost, (torch.empty(1, 3, *size),))
     except Exception as error:
         raise ValueError(
-            f'{type(module).__name__} failed on a probe image of shape '
-            f'{(1, 3, PROBE_SIZE, PROBE_SIZE)}, so the channels of its stages cannot be found: '
-            f'{error}'
+            f'{type(module).__name__} failed on a probe image of shape {(1, 3, *size)}, so the '
+            f'shapes of its stages cannot be found: {error}'
         ) from error
     finally:
         for m, mode in modes.items():
             m.training = mode
         for handle in handles:
             handle.remove()
+    return outputs
+
+
+def probe_channels(module: nn.Module, sites: list[Site]) -> dict[str, int]:
+    """Channels of the outputs of some blocks.
+
+    Args:
+        module: the backbone, unchanged afterwards.
+        sites: where to look.
+
+    Returns:
+        dict[str, int]: dotted name of a block to the channels C of its output.
+
+    Raises:
+        TypeError: a block yields something other than a map or tokens, or never runs.
+        ValueError: see :func:`probe_outputs`.
+    """
+    outputs = probe_outputs(module, [site.block for site in sites])
     channels = {}
     for site in sites:
         if site.block not in outputs:
