@@ -125,7 +125,9 @@ def draw_predictions(cfg: Config, args: argparse.Namespace) -> None:
     hook['draw'] = True
     if args.show:
         hook.update(show=True, wait_time=args.wait_time)
-    if args.show_dir:
+    if args.show_dir and cfg.get('default_scope') == 'mmdet':
+        hook['test_out_dir'] = args.show_dir
+    elif args.show_dir:
         cfg.visualizer['save_dir'] = args.show_dir
 
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from mmengine.config import Config
+from mmengine.dist import is_distributed
+from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
+from torch import nn
 
 from .config import is_protuned, resolve
 from .frozen import backbones
@@ -44,6 +48,21 @@ class ProTuneRunner(Runner):
                 'protune=dict(), or drop runner_type'
             )
         return super().from_cfg(cfg)
+
+    def setup_env(self, env_cfg: dict) -> None:
+        """Set up multiprocessing and distribution; without a CUDA device, over gloo.
+
+        mmengine's own set-up of the launcher ``pytorch`` asks for a CUDA device.
+        """
+        if self._launcher == 'pytorch' and not torch.cuda.is_available() and not is_distributed():
+            torch.distributed.init_process_group('gloo')
+        super().setup_env(env_cfg)
+
+    def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
+        """Wrap the model for distributed training, on the CPU where there is no CUDA device."""
+        if self.distributed and model_wrapper_cfg is None and not torch.cuda.is_available():
+            return MMDistributedDataParallel(model, broadcast_buffers=False)
+        return super().wrap_model(model_wrapper_cfg, model)
 
     def build_optim_wrapper(self, optim_wrapper: Any) -> OptimWrapper:
         """Build the optimizer over trainable parameters only, see :mod:`protune_mm.optim`."""

@@ -1,0 +1,249 @@
+"""The tools, ours and the stock ones of the three libraries, run as a user runs them."""
+
+import json
+from pathlib import Path
+
+import mmdet
+import mmpretrain
+import mmseg
+import pytest
+import torch
+
+from tests.conftest import run_tool
+
+SHAPES = 'configs/small/mask_rcnn_protune_mobilenetv2_shapes.py'
+STOCK_TOOLS = {
+    m.__name__: Path(m.__file__).parent / '.mim/tools' for m in (mmdet, mmseg, mmpretrain)
+}
+QUICK = (
+    'train_cfg.max_epochs=1',
+    'default_hooks.logger.interval=1',
+    'model.backbone.init_cfg=None',
+)
+
+
+def data(root):
+    roots = [f'{split}_dataloader.dataset.data_root={root}/' for split in ('train', 'val', 'test')]
+    val = f'{root}/annotations/val.json'
+    return [*roots, f'val_evaluator.ann_file={val}', f'test_evaluator.ann_file={val}']
+
+
+def state(path):
+    return torch.load(path, weights_only=True)['state_dict']
+
+
+@pytest.fixture(scope='session')
+def trained(shapes, tmp_path_factory):
+    """Work folder of one epoch of the quickstart's config, and what was printed."""
+    work = tmp_path_factory.mktemp('trained')
+    done = run_tool(
+        'tools/train.py', SHAPES, '--work-dir', work, '--cfg-options', *QUICK, *data(shapes)
+    )
+    return work, done
+
+
+def test_train_prints_the_line_and_proves_the_freeze(trained):
+    work, done = trained
+    text = done.stdout + done.stderr
+    assert 'Pro-tuning: backbone frozen 2,223,872, prompts' in text
+    assert '% of backbone), neck+head' in text
+    assert 'frozen tensors are bit-identical to the start' in text
+    assert 'is frozen, but no weights were loaded into it' in text
+    assert (work / 'epoch_1.pth').exists()
+
+
+def test_resume_goes_on(trained, shapes):
+    work, _ = trained
+    before = state(work / 'epoch_1.pth')
+    more = ['--cfg-options', 'train_cfg.max_epochs=2', *QUICK[1:], *data(shapes)]
+    done = run_tool('tools/train.py', SHAPES, '--work-dir', work, '--resume', *more)
+    assert 'resumed epoch: 1' in done.stdout + done.stderr
+    after = state(work / 'epoch_2.pth')
+    for name, tensor in before.items():
+        frozen = name.startswith('backbone.') and '.prompt.' not in name
+        assert torch.equal(tensor, after[name]) == frozen or not tensor.is_floating_point(), name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='mmengine has no AMP on the CPU')
+def test_amp(shapes, tmp_path):
+    options = ['--cfg-options', *QUICK, *data(shapes)]
+    done = run_tool('tools/train.py', SHAPES, '--work-dir', tmp_path, '--amp', *options)
+    assert 'bit-identical' in done.stdout + done.stderr
+
+
+# mmdet's test-time augmentation refuses masks.
+BOXES = [
+    'model.roi_head.mask_head=None',
+    'model.roi_head.mask_roi_extractor=None',
+    'test_evaluator.metric=bbox',
+]
+
+
+@pytest.mark.parametrize('more', [[], ['--tta']])
+def test_test_scores_a_checkpoint(trained, shapes, tmp_path, more):
+    work, _ = trained
+    checkpoint = sorted(work.glob('epoch_*.pth'))[-1]
+    out = tmp_path / 'metrics.json'
+    arguments = [SHAPES, checkpoint, '--work-dir', tmp_path, '--out', out, '--show-dir', 'shown']
+    options = [*QUICK[1:], *data(shapes), *(BOXES if more else [])]
+    run_tool('tools/test.py', *arguments, *more, '--cfg-options', *options)
+    assert -1 <= json.loads(out.read_text())['coco/bbox_mAP'] <= 1
+    assert list(tmp_path.glob('**/shown/**/*.png')), 'pictures of predictions'
+
+
+def test_the_stock_tools_of_mmdet(shapes, tmp_path):
+    """The one line, without custom_imports, and tools that know nothing of protune_mm."""
+    text = Path(SHAPES).resolve()
+    (tmp_path / 'line.py').write_text(f"_base_ = ['{text}']\nrunner_type = 'Runner'\n")
+    tools = STOCK_TOOLS['mmdet']
+    work = tmp_path / 'work'
+    options = ['--cfg-options', *QUICK, *data(shapes)]
+    done = run_tool(tools / 'train.py', tmp_path / 'line.py', '--work-dir', work, *options)
+    assert 'bit-identical' not in done.stdout + done.stderr, 'no runner of ours, no guard'
+    keys = state(work / 'epoch_1.pth')
+    assert any('.prompt.' in key for key in keys)
+    run_tool(
+        tools / 'test.py', tmp_path / 'line.py', work / 'epoch_1.pth', '--work-dir', work, *options
+    )
+    flops = run_tool(
+        tools / 'analysis_tools/get_flops.py', tmp_path / 'line.py', '--num-images', 1, *options
+    )
+    assert 'Flops: ' in flops.stdout
+    run_tool(
+        tools / 'analysis_tools/browse_dataset.py',
+        tmp_path / 'line.py',
+        '--output-dir',
+        tmp_path / 'browsed',
+        '--not-show',
+        *options,
+    )
+    assert len(list((tmp_path / 'browsed').glob('**/*.png'))) == 6
+
+
+SEG = """
+_base_ = [{stock!r}]
+crop_size = (48, 64)
+data_root = {root!r}
+pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations'),
+    dict(type='PackSegInputs'),
+]
+dataset = dict(
+    _delete_=True, type='BaseSegDataset', data_root=data_root, img_suffix='.png',
+    data_prefix=dict(img_path='images', seg_map_path='masks'), pipeline=pipeline,
+    metainfo=dict(classes=('a', 'b', 'c')),
+)
+train_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False, dataset=dataset)
+val_dataloader = dict(batch_size=1, num_workers=0, persistent_workers=False, dataset=dataset)
+test_dataloader = val_dataloader
+train_cfg = dict(max_iters=3, val_interval=3)
+default_hooks = dict(checkpoint=dict(interval=3), logger=dict(interval=1))
+model = dict(
+    data_preprocessor=dict(size=crop_size),
+    pretrained=None,
+    backbone=dict(type='protune_mm.ProTuned', base='ResNetV1c', depth=18, norm_cfg=dict(type='BN')),
+    decode_head=dict(
+        in_channels=[64, 128, 256, 512], channels=8, num_classes=3, norm_cfg=dict(type='BN')
+    ),
+    auxiliary_head=dict(in_channels=256, channels=8, num_classes=3, norm_cfg=dict(type='BN')),
+)
+"""
+
+
+def test_mmseg_with_stock_and_our_tools(pictures, tmp_path):
+    config = tmp_path / 'seg.py'
+    stock = 'mmseg::upernet/upernet_r50_4xb4-80k_ade20k-512x512.py'
+    config.write_text(SEG.format(stock=stock, root=str(pictures)))
+    tools = STOCK_TOOLS['mmseg']
+    run_tool(tools / 'train.py', config, '--work-dir', tmp_path / 'stock')
+    checkpoint = tmp_path / 'stock/iter_3.pth'
+    # Loading needs torch.load to accept mmengine's file: building our backbone sees to that.
+    run_tool(tools / 'test.py', config, checkpoint, '--work-dir', tmp_path / 'stock')
+    done = run_tool('tools/train.py', config, '--work-dir', tmp_path / 'ours')
+    assert 'bit-identical' in done.stdout + done.stderr
+    out = tmp_path / 'metrics.json'
+    run_tool('tools/test.py', config, checkpoint, '--work-dir', tmp_path, '--tta', '--out', out)
+    assert 'mIoU' in json.loads(out.read_text())
+
+
+CLS = """
+_base_ = ['mmpretrain::resnet/resnet18_8xb32_in1k.py']
+pipeline = [
+    dict(type='LoadImageFromFile'), dict(type='Resize', scale=(64, 48)), dict(type='PackInputs'),
+]
+dataset = dict(_delete_=True, type='CustomDataset', data_root={root!r}, pipeline=pipeline)
+train_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False, dataset=dataset)
+val_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False, dataset=dataset)
+test_dataloader = val_dataloader
+train_cfg = dict(max_epochs=1)
+val_evaluator = dict(topk=(1,))
+test_evaluator = val_evaluator
+model = dict(
+    backbone=dict(type='protune_mm.ProTuned', base='ResNet'), head=dict(num_classes=2, topk=(1,))
+)
+data_preprocessor = dict(num_classes=2)
+"""
+
+
+def test_mmpretrain_with_stock_and_our_tools(pictures, tmp_path):
+    config = tmp_path / 'cls.py'
+    config.write_text(CLS.format(root=str(pictures / 'classes')))
+    tools = STOCK_TOOLS['mmpretrain']
+    stock = ['--no-pin-memory', '--no-persistent-workers', '--work-dir', tmp_path / 'stock']
+    run_tool(tools / 'train.py', config, *stock)
+    checkpoint = tmp_path / 'stock/epoch_1.pth'
+    run_tool(tools / 'test.py', config, checkpoint, '--no-pin-memory')
+    ours = ['--no-pin-memory', '--work-dir', tmp_path / 'ours']
+    done = run_tool('tools/train.py', config, *ours)
+    assert 'bit-identical' in done.stdout + done.stderr
+    out = tmp_path / 'metrics.json'
+    run_tool('tools/test.py', config, checkpoint, *ours, '--tta', '--out', out)
+    assert 0 <= json.loads(out.read_text())['accuracy/top1'] <= 100
+
+
+def test_auto_scale_lr_and_its_error(shapes, tmp_path):
+    options = ['--work-dir', tmp_path, '--no-validate', '--auto-scale-lr', '--cfg-options']
+    done = run_tool('tools/train.py', SHAPES, *options, *QUICK, *data(shapes))
+    assert 'Scaling the original LR by 0.25' in done.stdout + done.stderr
+    done = run_tool(
+        'tools/train.py', SHAPES, *options, *QUICK, *data(shapes), 'auto_scale_lr=None', check=False
+    )
+    assert done.returncode == 2
+    assert 'has no auto_scale_lr.base_batch_size' in done.stderr
+
+
+@pytest.mark.parametrize('script', ['dist_train.sh', 'dist_test.sh', 'slurm_train.sh'])
+def test_the_shell_scripts_say_how_they_are_used(script):
+    import subprocess
+
+    done = subprocess.run(['bash', f'tools/{script}'], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f'{script} ' in done.stderr
+    assert 'usage: ' in done.stderr
+
+
+def test_two_processes_train_and_test(shapes, tmp_path, trained):
+    import os
+    import subprocess
+    import sys
+
+    env = {
+        **os.environ,
+        'OMP_NUM_THREADS': '1',
+        'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}',
+        'PORT': '29713',
+        'PYTHONWARNINGS': 'ignore',
+    }
+    options = ['--cfg-options', *QUICK, *data(shapes)]
+    work = ['--work-dir', str(tmp_path)]
+    command = ['bash', 'tools/dist_train.sh', SHAPES, '2', *work, *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert 'bit-identical' in done.stdout + done.stderr
+    checkpoint = str(tmp_path / 'epoch_1.pth')
+    command = ['bash', 'tools/dist_test.sh', SHAPES, checkpoint, '2', *work, *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert 'coco/segm_mAP' in done.stdout + done.stderr
