@@ -105,13 +105,13 @@ def log(caplog):
     logger.removeHandler(caplog.handler)
 
 
-def run_tool(*arguments, check=True, env=None):
-    """Run a script with this Python from the repository root, as a user would."""
+def run_tool(*arguments, check=True, env=None, cwd=ROOT):
+    """Run a script with this Python as a user would, from the repository root."""
     done = subprocess.run(
         [sys.executable, '-W', 'ignore', *map(str, arguments)],
         capture_output=True,
         text=True,
-        cwd=ROOT,
+        cwd=cwd,
         env={**os.environ, 'OMP_NUM_THREADS': '1', **(env or {})},
     )
     if check:

@@ -1,0 +1,72 @@
+"""The documents tell the truth: their diffs work, their paths exist."""
+
+import re
+
+import pytest
+import torch
+from mmengine.registry import MODELS
+
+import protune_mm
+from protune_mm import stages
+from protune_mm.registry import PROMPTS
+from tests.conftest import ROOT, flat, image
+
+DOCS = [ROOT / 'README.md', *sorted((ROOT / 'docs').rglob('*.md'))]
+
+
+def added(document, start, stop=None):
+    """Lines a document's diff adds, from the line after ``start`` on."""
+    text = (ROOT / 'docs' / document).read_text()
+    body = text[text.index(start) + len(start) :]
+    body = body[: body.index(stop)] if stop else body
+    return '\n'.join(line[1:] for line in body.splitlines() if re.match(r'\+(?!\+\+)', line))
+
+
+def test_the_prompt_of_the_document_works():
+    code = added(
+        'add_a_prompt.md', '+++ b/protune_mm/prompts/channel.py', '--- a/protune_mm/prompts'
+    )
+    scope = {'__name__': 'protune_mm.prompts.channel', '__package__': 'protune_mm.prompts'}
+    exec(compile(code, 'channel.py', 'exec'), scope)
+    try:
+        tuned = MODELS.build(
+            dict(
+                type='protune_mm.ProTuned',
+                base='mmdet.ResNet',
+                depth=18,
+                prompt=dict(type='ChannelPrompt'),
+            )
+        )
+        sum(o.mean() for o in flat(tuned(image()))).backward()
+        assert all(p.grad is not None for p in protune_mm.tuned_parameters(tuned).values())
+        assert len(protune_mm.tuned_parameters(tuned)) == 4
+    finally:
+        PROMPTS._module_dict.pop('ChannelPrompt')
+
+
+def test_the_backbone_row_of_the_document_works(monkeypatch):
+    code = added('add_a_backbone.md', 'tuple[Family, ...] = (', "'ResNet',")
+    scope = dict(vars(stages))
+    row = eval(code.strip().rstrip(','), scope)
+    monkeypatch.setattr(stages, 'FAMILIES', (row, *stages.FAMILIES))
+    config = dict(row.examples['mmpretrain'])
+    kind = f'mmpretrain.{config.pop("type")}'
+    torch.manual_seed(0)
+    stock = MODELS.build(dict(type=kind, **config))
+    stock.eval()
+    stock.requires_grad_(False)
+    tuned = MODELS.build(dict(type='protune_mm.ProTuned', base=kind, **config)).eval()
+    tuned.load_state_dict(stock.state_dict())
+    for a, b in zip(flat(stock(image())), flat(tuned(image())), strict=True):
+        assert torch.equal(a, b)
+    assert len(protune_mm.tuned_parameters(tuned)) == 24
+
+
+@pytest.mark.parametrize('path', DOCS, ids=lambda p: p.name)
+def test_links_and_paths_exist(path):
+    text = path.read_text()
+    for link in re.findall(r'\]\(([^)#:]+)\)', text):
+        assert (path.parent / link).exists(), link
+    for name in re.findall(r'`?((?:tools|configs|tests|docs|protune_mm)/[\w./-]+\.\w+)', text):
+        if name != 'protune_mm/prompts/channel.py':  # Added by the diff of add_a_prompt.md.
+            assert (ROOT / name).exists(), name
