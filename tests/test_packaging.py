@@ -17,9 +17,7 @@ from tests.conftest import ROOT, run_tool
 def wheel(tmp_path_factory):
     """A wheel built from a copy, so that no build folder is left in the tree."""
     source = tmp_path_factory.mktemp('source') / 'protune_mm'
-    ignore = shutil.ignore_patterns(
-        '.git', '.venv', '.whl', 'build', 'work_dirs', 'data', '*.egg-info'
-    )
+    ignored = ('.git', '.venv', '.whl', 'build', 'work_dirs', 'data', '*.egg-info')
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*ignored), symlinks=True)
     out = tmp_path_factory.mktemp('wheel')
     command = [sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation']
