@@ -109,3 +109,15 @@ def test_grad_accumulation_and_iteration_loops_pass(tmp_path):
         ),
     )
     train(tmp_path, **more)
+
+
+def test_an_ema_hook_passes_and_averages_the_prompts(tmp_path):
+    from mmengine.hooks import EMAHook
+
+    hook = EMAHook(momentum=0.5)
+    run = runner(tmp_path, BACKBONE, ProTuneRunner, custom_hooks=[hook])
+    run.train()
+    averaged = dict(hook.ema_model.module.named_parameters())
+    frozen = {name for name, _ in frozen_tensors(run.model)}
+    for name, parameter in run.model.named_parameters():
+        assert torch.equal(averaged[name], parameter) == (name in frozen), name
