@@ -148,7 +148,7 @@ install_stack() {
 
 install_mmcv() {
     local wheels wheel
-    if mmcv_works; then
+    if mmcv_works 2>/dev/null; then
         say "mmcv $MMCV with ops is here already."
         return
     fi

