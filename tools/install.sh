@@ -152,20 +152,22 @@ install_mmcv() {
         say "mmcv $MMCV with ops is here already."
         return
     fi
-    # A wheel fits one torch only, so those built here are kept apart by its version.
-    wheels=$REPO/.whl/torch-$("$PYTHON" -c 'import torch; print(torch.__version__)')
+    # A wheel fits one Python and one torch, so those built here are kept apart by both.
+    wheels=$REPO/.whl/$("$PYTHON" -c '
+import sys, torch
+print("cp%d%d" % sys.version_info[:2], "torch", torch.__version__, sep="-")')
     mkdir -p "$wheels"
+    for wheel in "$wheels/mmcv-$MMCV"-*.whl; do
+        if [[ -f $wheel ]] && try_mmcv "$wheel"; then return; fi
+    done
     # From the user's own --find-links, then from what pip has built before.
-    if try_mmcv --only-binary mmcv --find-links "$wheels" "mmcv==$MMCV"; then return; fi
+    if try_mmcv --only-binary mmcv "mmcv==$MMCV"; then return; fi
     while IFS= read -r wheel; do
         if [[ $wheel == */mmcv-$MMCV-*.whl ]] && try_mmcv "$wheel"; then return; fi
     done < <("$PYTHON" -m pip cache list mmcv --format=abspath 2>/dev/null || true)
     build_mmcv "$wheels"
-    try_mmcv "$wheels"/mmcv-"$MMCV"-*.whl || {
-        mmcv_works || true
-        fail "mmcv $MMCV was built, but its ops do not work; the reason is above." \
-            "Please report it, with $wheels/build.log."
-    }
+    try_mmcv "$wheels/mmcv-$MMCV"-*.whl ||
+        fail "mmcv $MMCV was built, but does not work; the log is $wheels/build.log."
 }
 
 # Install one wheel of mmcv; fails, quietly, where there is none or its ops do not load.
@@ -176,7 +178,8 @@ try_mmcv() {
         say "Installed a wheel of mmcv $MMCV; its ops work."
         return
     fi
-    say "Found a wheel of mmcv $MMCV, but its ops do not work with this torch; not used."
+    say "Found a wheel of mmcv $MMCV, but its ops do not work with this torch:"
+    mmcv_works 2>&1 | tail -n 1 || true
     "$PYTHON" -m pip uninstall --quiet --yes mmcv
     return 1
 }

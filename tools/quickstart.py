@@ -10,6 +10,7 @@ of MMDetection with its backbone Pro-tuned, and ends with box AP, mask AP and a 
 import argparse
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import subprocess
@@ -56,8 +57,7 @@ PICTURE_ROWS = 4
 PICTURE_WIDTH = 640
 GAP = 8
 SCORE = 0.5
-# Told apart on any picture, and by colour-blind readers (Okabe and Ito); more classes than this
-# get MMDetection's random colours.
+# Told apart by colour-blind readers too (Okabe and Ito); further classes start again.
 COLOURS = [(230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (213, 94, 0)]
 COLOURS += [(204, 121, 167), (0, 114, 178)]
 
@@ -472,12 +472,8 @@ def draw(runner: Any, layout: Layout, out: Path) -> None:
     from mmengine.dataset import pseudo_collate
 
     dataset = runner.val_dataloader.dataset
-    visualizer = DetLocalVisualizer(name='quickstart', line_width=2, alpha=0.5)
-    few = len(layout.classes) <= len(COLOURS)
-    visualizer.dataset_meta = {
-        'classes': layout.classes,
-        'palette': COLOURS[: len(layout.classes)] if few else 'random',
-    }
+    visualizer = DetLocalVisualizer(name='quickstart', line_width=2)
+    colours = list(itertools.islice(itertools.cycle(COLOURS), len(layout.classes)))
     runner.model.eval()
     rows = []
     for index in np.linspace(0, len(dataset) - 1, min(PICTURE_ROWS, len(dataset))).astype(int):
@@ -485,15 +481,14 @@ def draw(runner: Any, layout: Layout, out: Path) -> None:
         with torch.no_grad():
             sample = runner.model.test_step(pseudo_collate([item]))[0].cpu()
         image = cv2.cvtColor(cv2.imread(sample.img_path), cv2.COLOR_BGR2RGB)
-        factor = PICTURE_WIDTH / image.shape[1]
-        size = (PICTURE_WIDTH, round(image.shape[0] * factor))
-        image = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
-        for instances in (sample.gt_instances, sample.pred_instances):
-            enlarge(instances, factor, size)
-        visualizer.add_datasample(
-            'quickstart', image, sample, draw_gt=True, draw_pred=True, pred_score_thr=SCORE
-        )
-        rows.append(visualizer.get_image())
+        size = (PICTURE_WIDTH, round(image.shape[0] * PICTURE_WIDTH / image.shape[1]))
+        large = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
+        found = sample.pred_instances
+        columns = [
+            draw_instances(visualizer, large, instances, layout.classes, colours)
+            for instances in (sample.gt_instances, found[found.scores > SCORE])
+        ]
+        rows.append(np.concatenate(columns, axis=1))
     header = np.full((40, 2 * PICTURE_WIDTH, 3), 255, np.uint8)
     for column, text in enumerate(('ground truth', f'prediction, score over {SCORE}')):
         place = (column * PICTURE_WIDTH, 28)
@@ -511,26 +506,50 @@ def draw(runner: Any, layout: Layout, out: Path) -> None:
     cv2.imwrite(str(out), cv2.cvtColor(np.concatenate(parts), cv2.COLOR_RGB2BGR))
 
 
-def enlarge(instances: Any, factor: float, size: tuple[int, int]) -> None:
-    """Scale the boxes and masks of one image with the image.
+def draw_instances(
+    visualizer: Any, image: Any, instances: Any, classes: tuple[str, ...], colours: list
+) -> Any:
+    """Draw instances on a picture that may be larger than the one they belong to.
+
+    MMDetection's own drawing changes colour by instance and font size by area, which hides that
+    both sides show the same thing.
 
     Args:
-        size: width and height of the image that they will be drawn on.
+        image: (H, W, 3), uint8, RGB.
+        colours: one for each class.
+
+    Returns:
+        ndarray: (H, W, 3), uint8, RGB.
     """
     import cv2
     import numpy as np
+    from mmdet.structures.mask import bitmap_to_polygon
 
+    height, width = image.shape[:2]
+    visualizer.set_image(image)
+    if not len(instances):
+        return visualizer.get_image()
+    colours = [colours[int(label)] for label in instances.labels]
     masks = instances.masks
     masks = masks.to_ndarray() if hasattr(masks, 'to_ndarray') else masks.numpy()
-    large = np.zeros((len(masks), size[1], size[0]), bool)
-    for index, mask in enumerate(masks):
-        smooth = cv2.resize(mask.astype(np.float32), size, interpolation=cv2.INTER_LINEAR)
-        large[index] = smooth > 0.5
-    # Assigning to what is there would check the type; ground truth comes in its own.
-    del instances.masks
-    instances.masks = large
-    boxes = instances.bboxes
-    instances.bboxes = getattr(boxes, 'tensor', boxes) * factor
+    factor = width / masks.shape[2]
+    masks = np.stack([cv2.resize(m.astype(np.float32), (width, height)) > 0.5 for m in masks])
+    visualizer.draw_binary_masks(masks, colors=colours, alphas=0.55)
+    outlines = [outline for mask in masks for outline in bitmap_to_polygon(mask)[0]]
+    if outlines:  # Every mask may be empty.
+        visualizer.draw_polygons(outlines, edge_colors='w', line_widths=1.5)
+    boxes = getattr(instances.bboxes, 'tensor', instances.bboxes) * factor
+    visualizer.draw_bboxes(boxes, edge_colors=colours, line_widths=2)
+    texts = [classes[int(label)] for label in instances.labels]
+    if 'scores' in instances:
+        texts = [f'{t} {s:.2f}' for t, s in zip(texts, instances.scores, strict=True)]
+    # Above the box where there is room, so that the label hides none of a small object.
+    places = boxes[:, :2].clone()
+    above = places[:, 1] > 20
+    places[above, 1] -= 20
+    style = dict(facecolor='black', alpha=0.7, pad=1.5, edgecolor='none')
+    visualizer.draw_texts(texts, places, font_sizes=11, colors='white', bboxes=[style] * len(texts))
+    return visualizer.get_image()
 
 
 def summarize(
