@@ -66,7 +66,6 @@ setup(
     cmdclass={'build_py': BuildWithMim},
     classifiers=[
         'Programming Language :: Python :: 3',
-        'License :: OSI Approved :: Apache Software License',
         'Operating System :: POSIX :: Linux',
     ],
 )

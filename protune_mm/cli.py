@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from .config import config_backbones, is_protuned, load_config, protune_config
+from .config import config_backbones, is_protuned, library, load_config
 from .inject import POLICIES
 
 DEBUG = 'PROTUNE_DEBUG'
@@ -66,21 +67,13 @@ def parse(parser: argparse.ArgumentParser) -> tuple[Config, argparse.Namespace]:
 def read_config(
     path: str, protune: bool = False, policy: str | None = None, options: dict | None = None
 ) -> Config:
-    """Read a config, apply ``--cfg-options`` and then Pro-tune it or choose its twin.
-
-    Options come first, so that they may name a stock config's keys; a policy comes last.
+    """Read a config, apply ``--cfg-options``, Pro-tune it, and choose its twin last.
 
     Raises:
         ValueError: a policy for a config that is not Pro-tuned, and what
             :func:`protune_mm.protune_config` raises.
     """
-    cfg = load_config(path)
-    if options and not protune:
-        cfg.merge_from_dict(options)
-    if protune:
-        protune_config(cfg)
-        # Afterwards here, so that model.backbone.prompt=... reaches the new line.
-        cfg.merge_from_dict(options or {})
+    cfg = load_config(path, protune=protune, cfg_options=options)
     if policy is not None:
         if not is_protuned(cfg):
             raise ValueError(f'--policy {policy}: {path} is not Pro-tuned; add --protune')
@@ -95,7 +88,7 @@ def set_dataloader_defaults(cfg: Config, args: argparse.Namespace) -> None:
     Its configs name no ``collate_fn`` and rely on this.
     """
     defaults = {}
-    if cfg.get('default_scope') == 'mmpretrain':
+    if library(cfg) == 'mmpretrain':
         defaults = dict(
             pin_memory=True, persistent_workers=True, collate_fn=dict(type='default_collate')
         )
@@ -119,13 +112,15 @@ def draw_predictions(cfg: Config, args: argparse.Namespace) -> None:
     hook = cfg.get('default_hooks', {}).get('visualization')
     if hook is None:
         raise ValueError(f'--show: {args.config} has no default_hooks.visualization')
-    if cfg.get('default_scope') == 'mmpretrain':
+    if library(cfg) == 'mmpretrain':
         hook.update(enable=True, show=args.show, wait_time=args.wait_time, out_dir=args.show_dir)
         return
     hook['draw'] = True
+    # mmseg draws every 50th image only.
+    hook['interval'] = 1
     if args.show:
         hook.update(show=True, wait_time=args.wait_time)
-    if args.show_dir and cfg.get('default_scope') == 'mmdet':
+    if args.show_dir and library(cfg) == 'mmdet':
         hook['test_out_dir'] = args.show_dir
     elif args.show_dir:
         cfg.visualizer['save_dir'] = args.show_dir
@@ -141,11 +136,11 @@ def build_runner(cfg: Config) -> Runner:
 def run(main: Callable[[], None]) -> None:
     """Run a tool; bad input ends in one line on standard error and exit status 2.
 
-    Errors inside training keep their traceback.
+    Errors inside training that are not our own checks keep their traceback.
     """
     try:
         main()
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+    except Exception as error:
         if os.environ.get(DEBUG) == '1' or not _is_bad_input(error):
             raise
         print(f'error: {error}', file=sys.stderr)
@@ -153,9 +148,11 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _is_bad_input(error: Exception) -> bool:
-    """Whether our own check raised the error, rather than code of a training step."""
-    trace = error.__traceback__
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    raised_in = trace.tb_frame.f_globals.get('__name__', '')
-    return raised_in.startswith('protune_mm.') or isinstance(error, FileNotFoundError)
+    """Whether one of our checks raised the error, or a file was missing before the first step."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    raised_in = frames[-1].f_globals.get('__name__', '')
+    running = any(frame.f_code.co_name in ('run_iter', 'run_epoch') for frame in frames)
+    ours = raised_in.startswith('protune_mm.')
+    return (ours and isinstance(error, ValueError | TypeError | RuntimeError)) or (
+        isinstance(error, FileNotFoundError | ModuleNotFoundError) and not running
+    )

@@ -69,7 +69,9 @@ def allow_checkpoint_types() -> None:
     core = importlib.import_module(
         'numpy._core.multiarray' if hasattr(np, '_core') else 'numpy.core.multiarray'
     )
-    dtypes = [getattr(np.dtypes, name) for name in np.dtypes.__all__]
+    # numpy has no module of dtype classes before 1.25, and does not pickle them then.
+    named = getattr(np, 'dtypes', None)
+    dtypes = [getattr(named, name) for name in named.__all__] if named else []
     types: list = [HistoryBuffer, np.ndarray, np.dtype, *dtypes, collections.defaultdict]
     types += [int, float, bool, str, list, dict, set, (history_statistic, 'builtins.getattr')]
     # A file may have been written under numpy 1 and read under 2, or the other way round.

@@ -10,9 +10,11 @@ from mmengine.config import Config
 
 from . import registry  # noqa: F401  (makes protune_mm::... paths resolve)
 from .factory import _is_protuned
+from .stages import LIBRARIES
 
-OPTIONS = ('stages', 'prompt', 'lean', 'policy', 'require_weights')
-"""Options of :func:`protune_mm.ProTuned`, in the order they are written."""
+DEFAULTS = dict(stages=None, prompt=None, lean=True, policy='prompts', require_weights=False)
+"""Options of :func:`protune_mm.ProTuned` with their defaults, in the order they are written."""
+OPTIONS = tuple(DEFAULTS)
 
 NESTED = ('module', 'detector')
 """Keys of ``model`` under which a whole model sits: test-time augmentation, semi-supervision."""
@@ -63,7 +65,9 @@ def protune_config(cfg: Config, **options: Any) -> Config:
         # `type` keeps its place and `base` comes last, as when a child config is merged.
         base = backbone['type']
         backbone['type'] = 'protune_mm.ProTuned'
-        backbone['base'] = base
+        # A class, as pure-Python configs have it, cannot be dumped below `base`.
+        named = isinstance(base, str)
+        backbone['base'] = base if named else f'{base.__module__}.{base.__qualname__}'
         for key in OPTIONS:
             if key in options:
                 backbone[key] = options[key]
@@ -71,11 +75,11 @@ def protune_config(cfg: Config, **options: Any) -> Config:
 
 
 def _same_options(backbone: dict, options: dict) -> None:
-    has = {key: backbone[key] for key in OPTIONS if key in backbone}
-    differs = next((key for key in options if options[key] != has.get(key)), None)
+    has = {key: backbone.get(key, DEFAULTS[key]) for key in OPTIONS}
+    differs = next((key for key in options if options[key] != has[key]), None)
     if differs is not None:
         raise ValueError(
-            f'the config is Pro-tuned already, with {differs}={has.get(differs)!r}; it cannot be '
+            f'the config is Pro-tuned already, with {differs}={has[differs]!r}; it cannot be '
             f'Pro-tuned again with {differs}={options[differs]!r}: change that key in the config'
         )
 
@@ -128,7 +132,23 @@ def resolve(cfg: Config) -> Config:
     return cfg
 
 
-def load_config(path: str, *, protune: bool = False, **options: Any) -> Config:
+def library(cfg: Config) -> str:
+    """The library a config is for: its default scope, else the home of its model's class.
+
+    Returns:
+        str: ``'mmdet'``, ``'mmseg'``, ``'mmpretrain'``, or ``'mmengine'`` where neither tells.
+    """
+    if cfg.get('default_scope'):
+        return cfg['default_scope']
+    kind = (cfg.get('model') or {}).get('type', '')
+    home = kind if isinstance(kind, str) else kind.__module__
+    home = home.partition('.')[0]
+    return home if home in LIBRARIES else 'mmengine'
+
+
+def load_config(
+    path: str, *, protune: bool = False, cfg_options: dict | None = None, **options: Any
+) -> Config:
     """Read a config of any of the three spellings, for tools and inferencers.
 
     Args:
@@ -136,6 +156,7 @@ def load_config(path: str, *, protune: bool = False, **options: Any) -> Config:
             ``mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py`` or
             ``protune_mm::mask_rcnn_protune_r50_coco.py``.
         protune: Pro-tune a stock config. Default False.
+        cfg_options: dotted keys to values, merged first, as ``--cfg-options``. Default none.
         **options: see :func:`protune_config`; only with ``protune``.
 
     Returns:
@@ -145,7 +166,9 @@ def load_config(path: str, *, protune: bool = False, **options: Any) -> Config:
         FileNotFoundError: no such file.
         ValueError: see :func:`resolve`.
     """
-    cfg = resolve(_read(str(path)))
+    cfg = _read(str(path))
+    cfg.merge_from_dict(cfg_options or {})
+    resolve(cfg)
     return protune_config(cfg, **options) if protune else cfg
 
 

@@ -15,7 +15,7 @@ from .registry import MODELS
 
 @MODELS.register_module()
 def ProTuned(  # noqa: N802  (a registered type, spelled like one)
-    base: str | type,
+    base: str | type | None = None,
     *,
     stages: str | list[str] | None = None,
     prompt: str | dict | None = None,
@@ -43,24 +43,24 @@ def ProTuned(  # noqa: N802  (a registered type, spelled like one)
         nn.Module: the stock backbone object itself, with prompts, frozen.
 
     Raises:
-        ValueError: unknown ``base``, and what :func:`protune_mm.protune` raises.
+        ValueError: no or unknown ``base``, and what :func:`protune_mm.protune` raises.
     """
+    if base is None:
+        raise ValueError("type='protune_mm.ProTuned' needs base='...', the stock backbone's type")
     if _is_protuned(base):
         raise ValueError("base='protune_mm.ProTuned' nests Pro-tuning: name the stock backbone")
     if isinstance(base, str):
         _look_up(base)
-    module = protune(
+    return protune(
         ROOT.build(dict(type=base, **backbone)),
         stages=stages,
         prompt=prompt,
         lean=lean,
         policy=policy,
         require_weights=require_weights,
-    )
-    if policy != 'full':
         # Built just now, so its weights are still random: somebody has to load them.
-        module._protune.loads.given = False
-    return module
+        weights_given=False,
+    )
 
 
 def _is_protuned(kind: object) -> bool:

@@ -24,11 +24,12 @@ class PatchGrid:
     serves threads that encode images of different shapes with one model.
     """
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, tuple[int, int]]:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the stock embedding, unchanged, and keep its grid for this call."""
-        tokens, grid = super().forward(*args, **kwargs)
-        _grid.set((int(grid[0]), int(grid[1])))
-        return tokens, grid
+        out = super().forward(*args, **kwargs)
+        if isinstance(out, tuple) and len(out) == 2 and len(out[1]) == 2:
+            _grid.set((int(out[1][0]), int(out[1][1])))
+        return out
 
 
 @dataclass(frozen=True)

@@ -70,12 +70,15 @@ class ProTunedBackbone:
         """Set the mode of the prompts; the frozen part stays in evaluation mode.
 
         Stock ``train`` methods freeze ``layer1...N`` with all they contain and put batch norms
-        in evaluation mode, prompts included, so the prompts are set after it.
+        in evaluation mode, prompts included, so the prompts are set after it. Prompts that were
+        frozen from outside (a teacher's) stay so.
         """
+        wanted = {p: p.requires_grad for p in tuned_parameters(self).values()}
         super().train(False)
+        for parameter, requires_grad in wanted.items():
+            parameter.requires_grad_(requires_grad)
         for prompt in prompts(self).values():
             prompt.train(mode)
-            prompt.requires_grad_(True)
         return self
 
     def init_weights(self) -> None:
@@ -84,7 +87,9 @@ class ProTunedBackbone:
         Stock rules reach everything below the backbone, and would draw random numbers for
         prompts: the neck and head of one seed start as they do in the stock model.
         """
-        if hasattr(super(), 'init_weights'):
+        # Weights that came with the module are not to be overwritten by a random start.
+        keep = self._protune.loads.given and not _loads_pretrained(self)
+        if hasattr(super(), 'init_weights') and not keep:
             with _without_prompts(self):
                 super().init_weights()
         if not self._protune.initialized:
@@ -104,6 +109,18 @@ class ProTunedBackbone:
             self._load_from_state_dict(state_dict, prefix, metadata, *args)
         finally:
             self.__class__ = cls
+        # After the stock method, which may have resized position embeddings in `state_dict`.
+        self._protune.loads.misshapen = {
+            name
+            for name, tensor in frozen_tensors(self)
+            if getattr(state_dict.get(prefix + name), 'shape', tensor.shape) != tensor.shape
+        }
+
+
+def _loads_pretrained(module: nn.Module) -> bool:
+    rules = getattr(module, 'init_cfg', None) or []
+    rules = [rules] if isinstance(rules, dict) else rules
+    return any('checkpoint' in rule for rule in rules)
 
 
 @contextmanager
@@ -185,11 +202,19 @@ def frozen_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 yield name, module
 
 
-def freeze(module: nn.Module, options: Options) -> None:
-    """Make a backbone with its prompts attached a :class:`ProTunedBackbone`."""
+def freeze(module: nn.Module, options: Options, weights_given: bool) -> None:
+    """Make a backbone with its prompts attached a :class:`ProTunedBackbone`.
+
+    Args:
+        module: the backbone.
+        options: how it was Pro-tuned.
+        weights_given: it holds its pre-trained weights already.
+    """
     add_mixin(module, ProTunedBackbone)
-    module._protune = State(options)
+    module._protune = State(options, LoadRecord(given=weights_given))
     module.requires_grad_(False)
+    for prompt in prompts(module).values():
+        prompt.requires_grad_(True)
     module.train(module.training)
     module.register_load_state_dict_post_hook(_after_load)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 
 import torch
 from mmengine.hooks import Hook
@@ -21,12 +22,13 @@ class FrozenGuardHook(Hook):
 
     Before training: no frozen tensor asks for a gradient, no frozen module is in training mode,
     the frozen weights are there, and a digest of every frozen tensor is taken. After the first
-    iteration: every prompt parameter got a gradient. At the start of every epoch, or of every
-    validation where the loop counts iterations: modes and version counters again, which costs
-    nothing. After training: every digest again, over every bit.
+    iteration: every prompt parameter got a gradient. At the start of every epoch and of every
+    validation: modes and version counters again, which costs nothing. After training: every
+    digest again, over every bit. In every checkpoint the frozen tensors are the model's own: an
+    EMA that computes ``a * (1 - m) + b * m`` drifts by rounding even where a equals b.
     """
 
-    # After EMA and other hooks that touch weights, so that their doing is seen.
+    # After EMAHook, which swaps its averages into checkpoints.
     priority = 'VERY_LOW'
 
     def __init__(self) -> None:
@@ -42,11 +44,11 @@ class FrozenGuardHook(Hook):
             if not backbone._protune.loads.checked:
                 check_weights(backbone)
         self._check_modes(model)
-        for name, tensor in frozen_tensors(model):
+        for name, tensor in _guarded_tensors(model):
             if tensor.requires_grad:
                 raise RuntimeError(f"frozen parameter '{name}' requires a gradient: {_CAUSE}")
-        self._digests = {name: digest(t) for name, t in frozen_tensors(model)}
-        self._versions = {name: t._version for name, t in frozen_tensors(model)}
+        self._digests = {name: digest(t) for name, t in _guarded_tensors(model)}
+        self._versions = {name: t._version for name, t in _guarded_tensors(model)}
         self._watch_gradients(model)
         runner.logger.info(parameter_line(model))
 
@@ -55,8 +57,17 @@ class FrozenGuardHook(Hook):
         self._check_cheaply(_unwrap(runner.model))
 
     def before_val(self, runner: Runner) -> None:
-        """Check version counters, for loops without epochs."""
-        self._check_versions(_unwrap(runner.model))
+        """Check modes and version counters, for loops without epochs."""
+        self._check_cheaply(_unwrap(runner.model))
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Put the exact frozen tensors into the checkpoint, whatever an average made of them."""
+        frozen = dict(_guarded_tensors(_unwrap(runner.model)))
+        for key, prefix in (('state_dict', ''), ('ema_state_dict', 'module.')):
+            state = checkpoint.get(key, {})
+            for name, tensor in frozen.items():
+                if prefix + name in state:
+                    state[prefix + name] = tensor.detach().to(state[prefix + name].device)
 
     def after_train_iter(self, runner: Runner, *args: object, **kwargs: object) -> None:
         """After the first iteration, every prompt parameter must have had a gradient."""
@@ -67,15 +78,16 @@ class FrozenGuardHook(Hook):
             name = sorted(self._without_gradient)[0]
             raise RuntimeError(
                 f"prompt parameter '{name}' got no gradient in the first iteration (and "
-                f'{len(self._without_gradient) - 1} others): its stage reaches no loss, or the '
-                "backbone's forward goes around its block; name other stages with stages=[...]"
+                f'{len(self._without_gradient) - 1} others): its stage reaches no loss, the '
+                "backbone's forward goes around its block, or activation_checkpointing wraps the "
+                'block; name other stages with stages=[...], or checkpoint with with_cp=True'
             )
         self._check_modes(_unwrap(runner.model))
 
     def after_train(self, runner: Runner) -> None:
         """Compare every bit of every frozen tensor with the start."""
         self._unwatch()
-        now = dict(frozen_tensors(_unwrap(runner.model)))
+        now = dict(_guarded_tensors(_unwrap(runner.model)))
         for name, before in self._digests.items():
             if name not in now or digest(now[name]) != before:
                 raise RuntimeError(f"frozen tensor '{name}' moved during training: {_CAUSE}")
@@ -93,7 +105,7 @@ class FrozenGuardHook(Hook):
                 raise RuntimeError(f"frozen module '{name}' is in training mode: {_CAUSE}")
 
     def _check_versions(self, model: nn.Module) -> None:
-        for name, tensor in frozen_tensors(model):
+        for name, tensor in _guarded_tensors(model):
             # A version that grew is a write; only a changed digest is a move.
             before = self._versions.get(name)
             if before is None or tensor._version == before:
@@ -103,7 +115,7 @@ class FrozenGuardHook(Hook):
             self._versions[name] = tensor._version
 
     def _watch_gradients(self, model: nn.Module) -> None:
-        tuned = tuned_parameters(model)
+        tuned = {n: p for n, p in tuned_parameters(model).items() if p.requires_grad}
         self._without_gradient = set(tuned)
         self._handles = [
             parameter.register_hook(lambda _, name=name: self._without_gradient.discard(name))
@@ -125,6 +137,18 @@ def digest(tensor: Tensor) -> bytes:
     h = hashlib.blake2b(f'{tensor.dtype}{tuple(tensor.shape)}'.encode(), digest_size=16)
     h.update(flat.view(torch.uint8).numpy())
     return h.digest()
+
+
+def _guarded_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Frozen tensors of the backbones that train; a teacher's follow its student's by an average.
+
+    A backbone whose prompts are frozen from outside is such a teacher.
+    """
+    for prefix, backbone in backbones(model).items():
+        tuned = tuned_parameters(backbone).values()
+        if not tuned or any(parameter.requires_grad for parameter in tuned):
+            for name, tensor in frozen_tensors(backbone):
+                yield f'{prefix}.{name}'.lstrip('.'), tensor
 
 
 def _unwrap(model: nn.Module) -> nn.Module:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
+import logging
 from dataclasses import replace
-from typing import Any
 
 import torch
 from mmengine.config import ConfigDict
+from mmengine.logging import print_log
 from torch import nn
 
 from .features import PatchGrid, Site, Tokens, Unknown
@@ -31,6 +31,7 @@ def protune(
     lean: bool = True,
     policy: str = 'prompts',
     require_weights: bool = False,
+    weights_given: bool = True,
 ) -> nn.Module:
     """Freeze a backbone exactly and add a trainable prompt block after its stages.
 
@@ -53,6 +54,8 @@ def protune(
         policy: ``'prompts'``; ``'head-only'``: freeze, no prompts; ``'full'``: leave the module
             as it is, for comparison.
         require_weights: a frozen backbone without loaded weights is an error, not a warning.
+        weights_given: the module holds its pre-trained weights already. Default True: they are
+            kept, also by ``init_weights``, and not asked for.
 
     Returns:
         The same module.
@@ -65,6 +68,7 @@ def protune(
 
     Source: arXiv 2207.14381, Figure 2.
     """
+    stages = list(stages) if isinstance(stages, tuple) else stages
     options = Options(stages, _prompt_config(prompt), lean, policy, require_weights)
     if policy not in POLICIES:
         raise ValueError(f"policy='{policy}' is unknown: use one of {', '.join(POLICIES)}")
@@ -85,7 +89,7 @@ def protune(
     prompts = [_build_prompt(site, options.prompt) for site in sites]
     for site, block in zip(sites, prompts, strict=True):
         _attach(module, site, block)
-    freeze(module, options)
+    freeze(module, options, weights_given)
     return module
 
 
@@ -136,12 +140,15 @@ def _attach(module: nn.Module, site: Site, prompt: nn.Module) -> None:
     block = module.get_submodule(site.block)
     like = next(block.parameters(), None)
     if like is not None:
-        prompt.to(device=like.device)
+        prompt.to(device=like.device, dtype=like.dtype if like.is_floating_point() else None)
     add_mixin(block, PromptedBlock)
     block.prompt = prompt
     block._protune_site = site
-    needs_grid = isinstance(site.layout, Tokens) and not site.layout.grid_argument
-    if needs_grid and not isinstance(module.patch_embed, PatchGrid):
+    needs_grid = isinstance(site.layout, Unknown) or (
+        isinstance(site.layout, Tokens) and not site.layout.grid_argument
+    )
+    has_grid = isinstance(getattr(module, 'patch_embed', None), nn.Module)
+    if needs_grid and has_grid and not isinstance(module.patch_embed, PatchGrid):
         add_mixin(module.patch_embed, PatchGrid)
 
 
@@ -162,12 +169,18 @@ def _sites(module: nn.Module, options: Options) -> list[Site]:
         block = module.get_submodule(path)
         if hasattr(block, 'prompt'):
             raise ValueError(f"'{path}' has an attribute 'prompt' already: choose another block")
-        known = family is not None and path in {b for stage in table for b in stage.blocks}
+        known = family is not None
+        if known and path not in {b for stage in table for b in stage.blocks}:
+            raise ValueError(
+                f"stage '{name}' of {type(module).__name__} is none whose output reaches what the "
+                f'backbone returns: choose from {", ".join(stage.name for stage in table)}, or '
+                'a block of these'
+            )
         site = Site(
             name=name,
             block=path,
             channels=family.channels(block) if known else 0,
-            layout=layout if known else Unknown(),
+            layout=layout,
             series=options.prompt['last'] == 'series' and path == last_block,
         )
         if known:
@@ -178,6 +191,12 @@ def _sites(module: nn.Module, options: Options) -> list[Site]:
                 extra_tokens=options.prompt['extra_tokens'] if read else 'keep',
             )
         sites.append(site)
+    if options.prompt['last'] == 'series' and not any(site.series for site in sites):
+        print_log(
+            f"prompt.last='series' has no effect: no prompt at '{last_block}', the last block",
+            logger='current',
+            level=logging.WARNING,
+        )
     unknown = [site for site in sites if site.channels == 0]
     if unknown:
         found = probe_channels(module, unknown)
@@ -231,8 +250,3 @@ def _last_block(name: str, module: nn.Module) -> str:
         path = f'{path}.{children[-1][0]}'
         module = children[-1][1]
     return path
-
-
-def prompt_options(module: ProTunedBackbone) -> dict[str, Any]:
-    """The options a Pro-tuned backbone was made with, complete with the defaults."""
-    return copy.deepcopy(module._protune.options.__dict__)

@@ -42,7 +42,7 @@ def probe_outputs(
         for name in names
     ]
     modes = {m: m.training for m in module.modules()}
-    fake = FakeTensorMode()
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
     state = itertools.chain(module.named_parameters(), module.named_buffers())
     # On the CPU, whatever the device of the weights: fake CUDA tensors need a CUDA device.
     ghost = {name: fake.from_tensor(t.detach().to('meta')).to('cpu') for name, t in state}

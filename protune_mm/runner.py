@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmengine.dist import is_distributed
-from mmengine.model import MMDistributedDataParallel
+from mmengine.model import MMDistributedDataParallel, is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 from torch import nn
@@ -60,19 +60,28 @@ class ProTuneRunner(Runner):
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
         """Wrap the model for distributed training, on the CPU where there is no CUDA device."""
-        if self.distributed and model_wrapper_cfg is None and not torch.cuda.is_available():
-            return MMDistributedDataParallel(model, broadcast_buffers=False)
+        stock = is_model_wrapper(model) or not self.distributed or model_wrapper_cfg is not None
+        if not stock and not torch.cuda.is_available():
+            return MMDistributedDataParallel(
+                model,
+                broadcast_buffers=False,
+                find_unused_parameters=self.cfg.get('find_unused_parameters', False),
+            )
         return super().wrap_model(model_wrapper_cfg, model)
 
     def build_optim_wrapper(self, optim_wrapper: Any) -> OptimWrapper:
         """Build the optimizer over trainable parameters only, see :mod:`protune_mm.optim`."""
         # policy='full' has no frozen backbone, and is stock training, for comparison.
-        if isinstance(optim_wrapper, dict) and backbones(self.model):
+        described = isinstance(optim_wrapper, dict) and isinstance(
+            optim_wrapper.get('optimizer'), dict
+        )
+        if described and backbones(self.model):
             optim_wrapper = wrap_constructor(optim_wrapper)
         return super().build_optim_wrapper(optim_wrapper)
 
     def register_hooks(self, default_hooks: Any = None, custom_hooks: Any = None) -> None:
         """Register the config's hooks, and the guard where the config does not name it."""
         super().register_hooks(default_hooks, custom_hooks)
-        if not any(isinstance(hook, FrozenGuardHook) for hook in self.hooks):
+        guarded = any(isinstance(hook, FrozenGuardHook) for hook in self.hooks)
+        if backbones(self.model) and not guarded:
             self.register_hook(FrozenGuardHook())

@@ -176,7 +176,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         'VisionTransformer',
         split=_plain,
-        channels=lambda block: block.ffn.embed_dims,
+        channels=lambda block: getattr(block, 'embed_dims', None) or block.ffn.embed_dims,
         layout=Tokens(grid_argument=False),
         count_extra=_extra_tokens,
         reads_extra=lambda backbone: getattr(backbone, 'out_type', '') == 'cls_token',

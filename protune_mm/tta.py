@@ -6,6 +6,8 @@ import copy
 
 from mmengine.config import Config, ConfigDict
 
+from .config import library
+
 DEFAULT_MODELS = {
     'mmdet': dict(
         type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)
@@ -21,7 +23,7 @@ def use_tta(cfg: Config) -> None:
     The config's ``tta_model`` and ``tta_pipeline`` are used; where it has none, predictions on
     the image and on its mirror image are merged, as in the stock scripts.
     """
-    scope = cfg.get('default_scope', 'mmdet')
+    scope = library(cfg)
     dataset = cfg.test_dataloader.dataset
     while 'dataset' in dataset:
         dataset = dataset['dataset']

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 
 @dataclass
@@ -21,6 +20,8 @@ class LoadRecord:
         names: names, inside the backbone, of the tensors loaded so far.
         prefix: name of the backbone inside the model of the load that is going on.
         foreign: keys of the last load that the backbone does not have.
+        misshapen: names whose tensor in the last load had another shape, which PyTorch reports
+            apart from missing keys and mmengine only logs.
         checked: the weights have been checked since the last load.
     """
 
@@ -28,6 +29,7 @@ class LoadRecord:
     names: set[str] = field(default_factory=set)
     prefix: str = ''
     foreign: list[str] = field(default_factory=list)
+    misshapen: set[str] = field(default_factory=set)
     checked: bool = False
 
     def note(self, own: list[str], missing: set[str], unexpected: list[str]) -> None:
@@ -38,16 +40,20 @@ class LoadRecord:
             missing: full names that the loaded file lacks.
             unexpected: full names in the file that nothing asked for.
         """
-        self.names.update(name for name in own if f'{self.prefix}{name}' not in missing)
+        self.names.update(
+            name
+            for name in own
+            if f'{self.prefix}{name}' not in missing and name not in self.misshapen
+        )
         self.foreign = [key for key in unexpected if key.startswith(self.prefix)]
         self.checked = False
 
     def problem(self, backbone: nn.Module, tensors: dict[str, Tensor]) -> str | None:
         """One line about missing weights, or None where all is well.
 
-        Integer tensors (counters, index tables) and the affine parameters of layer and group
-        norms are exempt: where a checkpoint lacks them, as ImageNet checkpoints lack the output
-        norms of Swin, their fixed start is what a user expects.
+        Integer tensors (counters, index tables) and the affine parameters of output norms, that
+        is of layer and group norms right below the backbone, are exempt: where a checkpoint lacks
+        them, as ImageNet checkpoints lack those of Swin, their fixed start is what a user expects.
 
         Args:
             backbone: the backbone, for its class name.
@@ -57,22 +63,23 @@ class LoadRecord:
             return None
         norms = {
             name
-            for name, module in backbone.named_modules()
-            if isinstance(module, nn.LayerNorm | nn.GroupNorm | _BatchNorm)
-            and not getattr(module, 'track_running_stats', False)
+            for name, module in backbone.named_children()
+            if isinstance(module, nn.LayerNorm | nn.GroupNorm)
         }
         lacking = [
             name
             for name, tensor in tensors.items()
             if tensor.is_floating_point()
             and name not in self.names
-            and name.rpartition('.')[0] not in norms
+            and (name.rpartition('.')[0] not in norms or name in self.misshapen)
         ]
         if not lacking:
             return None
         kind = type(backbone).__name__
-        if self.names or self.foreign:
+        if self.names or self.foreign or self.misshapen:
             foreign = f'; the file has e.g. {self.foreign[0]} instead' if self.foreign else ''
+            if lacking[0] in self.misshapen:
+                foreign = ', which has another shape there'
             return (
                 f'{kind} is frozen, but the loaded weights lack {len(lacking)} of its '
                 f'{len(tensors)} tensors, first {lacking[0]}{foreign}: load a checkpoint of this '

@@ -54,8 +54,6 @@ def test_the_configs_a_user_expects_are_there():
 
 @pytest.mark.parametrize('path', [p for p in CONFIGS if '/small/' not in p])
 def test_only_the_model_and_the_runner_differ_from_stock(path):
-    ours = protune_mm.load_config(path)
-    stock = ours.text.split("'")[1]
     cfg = protune_mm.load_config(path).to_dict()
     from mmengine.config import Config
 
@@ -71,7 +69,6 @@ def test_only_the_model_and_the_runner_differ_from_stock(path):
     expected['model'].pop('backbone')
     assert cfg['model'] == expected['model']
     assert changed['type'] == 'protune_mm.ProTuned'
-    assert stock
 
 
 def test_a_twin_of_the_same_seed_starts_with_the_same_neck_and_head():

@@ -194,7 +194,7 @@ def test_mmpretrain_with_stock_and_our_tools(pictures, tmp_path):
     stock = ['--no-pin-memory', '--no-persistent-workers', '--work-dir', tmp_path / 'stock']
     run_tool(tools / 'train.py', config, *stock)
     checkpoint = tmp_path / 'stock/epoch_1.pth'
-    run_tool(tools / 'test.py', config, checkpoint, '--no-pin-memory')
+    run_tool(tools / 'test.py', config, checkpoint, '--no-pin-memory', *stock[2:])
     ours = ['--no-pin-memory', '--work-dir', tmp_path / 'ours']
     done = run_tool('tools/train.py', config, *ours)
     assert 'bit-identical' in done.stdout + done.stderr

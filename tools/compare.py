@@ -108,9 +108,10 @@ def counts(cfg: object, policy: str) -> dict:
     """Parameters of the model by part, and how many of them train."""
     from mmengine.registry import MODELS, init_default_scope
 
+    from protune_mm.config import library
     from protune_mm.report import parameter_counts
 
-    init_default_scope(cfg.default_scope)
+    init_default_scope(library(cfg))
     model = MODELS.build(cfg.model)
     found = parameter_counts(model)
     found['trained'] = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -12,6 +12,7 @@ from rich.table import Table
 from torch import Tensor
 
 from protune_mm import cli
+from protune_mm.config import library
 from protune_mm.frozen import backbones
 from protune_mm.inject import POLICIES
 from protune_mm.probe import PROBE_SIZE, probe_outputs
@@ -34,7 +35,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     cfg = cli.read_config(args.config, args.protune, args.policy, args.cfg_options)
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    init_default_scope(library(cfg))
     model = MODELS.build(cfg.model)
 
     console = Console(width=140)
@@ -46,7 +47,12 @@ def main() -> None:
     for name, backbone in backbones(model).items():
         size = tuple(args.shape or getattr(backbone, 'img_size', PROBE_SIZE))
         rows = prompt_rows(backbone)
-        outputs = probe_outputs(backbone, [row['block'] for row in rows], size)
+        try:
+            outputs = probe_outputs(backbone, [row['block'] for row in rows], size)
+        except ValueError as error:
+            # Custom kernels know no fake tensors; the rest of the table needs no shapes.
+            outputs = {}
+            console.print(f'no shapes: {str(error).splitlines()[0]}')
         table = Table(
             'stage', 'block', 'prompt', 'output', 'joined', 'trainable', 'frozen in stage'
         )

@@ -49,6 +49,8 @@ def write_split(root: Path, split: str, count: int, size: tuple, rng: np.random.
         cv2.imwrite(str(folder / name), picture)
         images.append({'id': image_id, 'file_name': name, 'width': size[0], 'height': size[1]})
         for category, polygon in shapes:
+            # Pixel i covers [i, i + 1] in COCO's coordinates; OpenCV draws around its centre.
+            polygon = polygon + 0.5
             x, y = polygon.min(0)
             w, h = polygon.max(0) - polygon.min(0)
             annotations.append(

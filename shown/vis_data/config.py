@@ -13,28 +13,28 @@ default_hooks = dict(
         interval=1,
         max_keep_ckpts=1,
         save_best='coco/segm_mAP',
-        type='CheckpointHook'),
+        type='CheckpointHook',
+    ),
     logger=dict(_scope_='mmdet', interval=1, type='LoggerHook'),
     param_scheduler=dict(_scope_='mmdet', type='ParamSchedulerHook'),
     sampler_seed=dict(_scope_='mmdet', type='DistSamplerSeedHook'),
     timer=dict(_scope_='mmdet', type='IterTimerHook'),
-    visualization=dict(
-        _scope_='mmdet', draw=True, type='DetVisualizationHook'))
+    visualization=dict(_scope_='mmdet', draw=True, type='DetVisualizationHook'),
+)
 default_scope = 'mmdet'
 env_cfg = dict(
     cudnn_benchmark=False,
     dist_cfg=dict(backend='nccl'),
-    mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0))
+    mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
+)
 launcher = 'none'
 load_from = '/tmp/pytest-of-root/pytest-12/trained0/epoch_1.pth'
 log_level = 'INFO'
-log_processor = dict(
-    _scope_='mmdet', by_epoch=True, type='LogProcessor', window_size=50)
+log_processor = dict(_scope_='mmdet', by_epoch=True, type='LogProcessor', window_size=50)
 mobilenet_v2 = dict(
     _delete_=True,
     base='mmpretrain.MobileNetV2',
-    init_cfg=dict(
-        checkpoint='weights/mobilenetv2_imagenet.pth', type='Pretrained'),
+    init_cfg=dict(checkpoint='weights/mobilenetv2_imagenet.pth', type='Pretrained'),
     norm_eval=True,
     out_indices=(
         1,
@@ -42,7 +42,8 @@ mobilenet_v2 = dict(
         4,
         6,
     ),
-    type='protune_mm.ProTuned')
+    type='protune_mm.ProTuned',
+)
 model = dict(
     _scope_='mmdet',
     backbone=dict(
@@ -55,7 +56,8 @@ model = dict(
             4,
             6,
         ),
-        type='protune_mm.ProTuned'),
+        type='protune_mm.ProTuned',
+    ),
     data_preprocessor=dict(
         bgr_to_rgb=True,
         mean=[
@@ -70,7 +72,8 @@ model = dict(
             57.12,
             57.375,
         ],
-        type='DetDataPreprocessor'),
+        type='DetDataPreprocessor',
+    ),
     neck=dict(
         in_channels=[
             24,
@@ -80,7 +83,8 @@ model = dict(
         ],
         num_outs=5,
         out_channels=64,
-        type='FPN'),
+        type='FPN',
+    ),
     roi_head=dict(
         bbox_head=dict(
             bbox_coder=dict(
@@ -96,16 +100,17 @@ model = dict(
                     0.2,
                     0.2,
                 ],
-                type='DeltaXYWHBBoxCoder'),
+                type='DeltaXYWHBBoxCoder',
+            ),
             fc_out_channels=256,
             in_channels=64,
             loss_bbox=dict(loss_weight=1.0, type='L1Loss'),
-            loss_cls=dict(
-                loss_weight=1.0, type='CrossEntropyLoss', use_sigmoid=False),
+            loss_cls=dict(loss_weight=1.0, type='CrossEntropyLoss', use_sigmoid=False),
             num_classes=3,
             reg_class_agnostic=False,
             roi_feat_size=7,
-            type='Shared2FCBBoxHead'),
+            type='Shared2FCBBoxHead',
+        ),
         bbox_roi_extractor=dict(
             featmap_strides=[
                 4,
@@ -115,15 +120,16 @@ model = dict(
             ],
             out_channels=64,
             roi_layer=dict(output_size=7, sampling_ratio=0, type='RoIAlign'),
-            type='SingleRoIExtractor'),
+            type='SingleRoIExtractor',
+        ),
         mask_head=dict(
             conv_out_channels=64,
             in_channels=64,
-            loss_mask=dict(
-                loss_weight=1.0, type='CrossEntropyLoss', use_mask=True),
+            loss_mask=dict(loss_weight=1.0, type='CrossEntropyLoss', use_mask=True),
             num_classes=3,
             num_convs=2,
-            type='FCNMaskHead'),
+            type='FCNMaskHead',
+        ),
         mask_roi_extractor=dict(
             featmap_strides=[
                 4,
@@ -133,8 +139,10 @@ model = dict(
             ],
             out_channels=64,
             roi_layer=dict(output_size=14, sampling_ratio=0, type='RoIAlign'),
-            type='SingleRoIExtractor'),
-        type='StandardRoIHead'),
+            type='SingleRoIExtractor',
+        ),
+        type='StandardRoIHead',
+    ),
     rpn_head=dict(
         anchor_generator=dict(
             ratios=[
@@ -152,7 +160,8 @@ model = dict(
                 32,
                 64,
             ],
-            type='AnchorGenerator'),
+            type='AnchorGenerator',
+        ),
         bbox_coder=dict(
             target_means=[
                 0.0,
@@ -166,24 +175,25 @@ model = dict(
                 1.0,
                 1.0,
             ],
-            type='DeltaXYWHBBoxCoder'),
+            type='DeltaXYWHBBoxCoder',
+        ),
         feat_channels=64,
         in_channels=64,
         loss_bbox=dict(loss_weight=1.0, type='L1Loss'),
-        loss_cls=dict(
-            loss_weight=1.0, type='CrossEntropyLoss', use_sigmoid=True),
-        type='RPNHead'),
+        loss_cls=dict(loss_weight=1.0, type='CrossEntropyLoss', use_sigmoid=True),
+        type='RPNHead',
+    ),
     test_cfg=dict(
         rcnn=dict(
             mask_thr_binary=0.5,
             max_per_img=20,
             nms=dict(iou_threshold=0.5, type='nms'),
-            score_thr=0.05),
+            score_thr=0.05,
+        ),
         rpn=dict(
-            max_per_img=50,
-            min_bbox_size=0,
-            nms=dict(iou_threshold=0.7, type='nms'),
-            nms_pre=100)),
+            max_per_img=50, min_bbox_size=0, nms=dict(iou_threshold=0.7, type='nms'), nms_pre=100
+        ),
+    ),
     train_cfg=dict(
         rcnn=dict(
             assigner=dict(
@@ -192,7 +202,8 @@ model = dict(
                 min_pos_iou=0.5,
                 neg_iou_thr=0.5,
                 pos_iou_thr=0.5,
-                type='MaxIoUAssigner'),
+                type='MaxIoUAssigner',
+            ),
             debug=False,
             mask_size=28,
             pos_weight=-1,
@@ -201,7 +212,9 @@ model = dict(
                 neg_pos_ub=-1,
                 num=32,
                 pos_fraction=0.25,
-                type='RandomSampler')),
+                type='RandomSampler',
+            ),
+        ),
         rpn=dict(
             allowed_border=-1,
             assigner=dict(
@@ -210,7 +223,8 @@ model = dict(
                 min_pos_iou=0.3,
                 neg_iou_thr=0.3,
                 pos_iou_thr=0.7,
-                type='MaxIoUAssigner'),
+                type='MaxIoUAssigner',
+            ),
             debug=False,
             pos_weight=-1,
             sampler=dict(
@@ -218,19 +232,21 @@ model = dict(
                 neg_pos_ub=-1,
                 num=64,
                 pos_fraction=0.5,
-                type='RandomSampler')),
+                type='RandomSampler',
+            ),
+        ),
         rpn_proposal=dict(
-            max_per_img=100,
-            min_bbox_size=0,
-            nms=dict(iou_threshold=0.7, type='nms'),
-            nms_pre=200)),
-    type='MaskRCNN')
+            max_per_img=100, min_bbox_size=0, nms=dict(iou_threshold=0.7, type='nms'), nms_pre=200
+        ),
+    ),
+    type='MaskRCNN',
+)
 optim_wrapper = dict(
     clip_grad=dict(max_norm=10.0),
     optimizer=dict(lr=0.001, type='AdamW', weight_decay=0.05),
-    paramwise_cfg=dict(
-        custom_keys=dict(backbone=dict(lr_mult=0.1)), norm_decay_mult=0.0),
-    type='OptimWrapper')
+    paramwise_cfg=dict(custom_keys=dict(backbone=dict(lr_mult=0.1)), norm_decay_mult=0.0),
+    type='OptimWrapper',
+)
 param_scheduler = [
     dict(begin=0, by_epoch=False, end=50, start_factor=0.01, type='LinearLR'),
     dict(by_epoch=True, convert_to_iter_based=True, type='CosineAnnealingLR'),
@@ -245,9 +261,9 @@ scale = (
 short_optim_wrapper = dict(
     clip_grad=dict(max_norm=10.0),
     optimizer=dict(lr=0.001, type='AdamW', weight_decay=0.05),
-    paramwise_cfg=dict(
-        custom_keys=dict(backbone=dict(lr_mult=0.1)), norm_decay_mult=0.0),
-    type='OptimWrapper')
+    paramwise_cfg=dict(custom_keys=dict(backbone=dict(lr_mult=0.1)), norm_decay_mult=0.0),
+    type='OptimWrapper',
+)
 short_param_scheduler = [
     dict(begin=0, by_epoch=False, end=50, start_factor=0.01, type='LinearLR'),
     dict(by_epoch=True, convert_to_iter_based=True, type='CosineAnnealingLR'),
@@ -262,17 +278,23 @@ test_dataloader = dict(
         backend_args=None,
         data_prefix=dict(img='images/val/'),
         data_root='/tmp/pytest-of-root/pytest-12/data0/shapes/',
-        metainfo=dict(classes=(
-            'circle',
-            'square',
-            'triangle',
-        )),
+        metainfo=dict(
+            classes=(
+                'circle',
+                'square',
+                'triangle',
+            )
+        ),
         pipeline=[
             dict(type='LoadImageFromFile'),
-            dict(keep_ratio=True, scale=(
-                192,
-                144,
-            ), type='Resize'),
+            dict(
+                keep_ratio=True,
+                scale=(
+                    192,
+                    144,
+                ),
+                type='Resize',
+            ),
             dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
             dict(
                 meta_keys=(
@@ -282,14 +304,17 @@ test_dataloader = dict(
                     'img_shape',
                     'scale_factor',
                 ),
-                type='PackDetInputs'),
+                type='PackDetInputs',
+            ),
         ],
         test_mode=True,
-        type='CocoDataset'),
+        type='CocoDataset',
+    ),
     drop_last=False,
     num_workers=0,
     persistent_workers=False,
-    sampler=dict(_scope_='mmdet', shuffle=False, type='DefaultSampler'))
+    sampler=dict(_scope_='mmdet', shuffle=False, type='DefaultSampler'),
+)
 test_evaluator = dict(
     _scope_='mmdet',
     ann_file='/tmp/pytest-of-root/pytest-12/data0/shapes/annotations/val.json',
@@ -299,18 +324,20 @@ test_evaluator = dict(
         'bbox',
         'segm',
     ],
-    type='CocoMetric')
+    type='CocoMetric',
+)
 test_pipeline = [
     dict(_scope_='mmdet', backend_args=None, type='LoadImageFromFile'),
-    dict(_scope_='mmdet', keep_ratio=True, scale=(
-        1333,
-        800,
-    ), type='Resize'),
     dict(
         _scope_='mmdet',
-        type='LoadAnnotations',
-        with_bbox=True,
-        with_mask=True),
+        keep_ratio=True,
+        scale=(
+            1333,
+            800,
+        ),
+        type='Resize',
+    ),
+    dict(_scope_='mmdet', type='LoadAnnotations', with_bbox=True, with_mask=True),
     dict(
         _scope_='mmdet',
         meta_keys=(
@@ -320,7 +347,8 @@ test_pipeline = [
             'img_shape',
             'scale_factor',
         ),
-        type='PackDetInputs'),
+        type='PackDetInputs',
+    ),
 ]
 train_cfg = dict(max_epochs=8, type='EpochBasedTrainLoop', val_interval=1)
 train_dataloader = dict(
@@ -333,36 +361,45 @@ train_dataloader = dict(
         data_prefix=dict(img='images/train/'),
         data_root='/tmp/pytest-of-root/pytest-12/data0/shapes/',
         filter_cfg=dict(filter_empty_gt=True, min_size=32),
-        metainfo=dict(classes=(
-            'circle',
-            'square',
-            'triangle',
-        )),
+        metainfo=dict(
+            classes=(
+                'circle',
+                'square',
+                'triangle',
+            )
+        ),
         pipeline=[
             dict(type='LoadImageFromFile'),
             dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
-            dict(keep_ratio=True, scale=(
-                192,
-                144,
-            ), type='Resize'),
+            dict(
+                keep_ratio=True,
+                scale=(
+                    192,
+                    144,
+                ),
+                type='Resize',
+            ),
             dict(prob=0.5, type='RandomFlip'),
             dict(type='PackDetInputs'),
         ],
-        type='CocoDataset'),
+        type='CocoDataset',
+    ),
     num_workers=0,
     persistent_workers=False,
-    sampler=dict(_scope_='mmdet', shuffle=True, type='DefaultSampler'))
+    sampler=dict(_scope_='mmdet', shuffle=True, type='DefaultSampler'),
+)
 train_pipeline = [
     dict(_scope_='mmdet', backend_args=None, type='LoadImageFromFile'),
+    dict(_scope_='mmdet', type='LoadAnnotations', with_bbox=True, with_mask=True),
     dict(
         _scope_='mmdet',
-        type='LoadAnnotations',
-        with_bbox=True,
-        with_mask=True),
-    dict(_scope_='mmdet', keep_ratio=True, scale=(
-        1333,
-        800,
-    ), type='Resize'),
+        keep_ratio=True,
+        scale=(
+            1333,
+            800,
+        ),
+        type='Resize',
+    ),
     dict(_scope_='mmdet', prob=0.5, type='RandomFlip'),
     dict(_scope_='mmdet', type='PackDetInputs'),
 ]
@@ -375,17 +412,23 @@ val_dataloader = dict(
         backend_args=None,
         data_prefix=dict(img='images/val/'),
         data_root='/tmp/pytest-of-root/pytest-12/data0/shapes/',
-        metainfo=dict(classes=(
-            'circle',
-            'square',
-            'triangle',
-        )),
+        metainfo=dict(
+            classes=(
+                'circle',
+                'square',
+                'triangle',
+            )
+        ),
         pipeline=[
             dict(type='LoadImageFromFile'),
-            dict(keep_ratio=True, scale=(
-                192,
-                144,
-            ), type='Resize'),
+            dict(
+                keep_ratio=True,
+                scale=(
+                    192,
+                    144,
+                ),
+                type='Resize',
+            ),
             dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
             dict(
                 meta_keys=(
@@ -395,14 +438,17 @@ val_dataloader = dict(
                     'img_shape',
                     'scale_factor',
                 ),
-                type='PackDetInputs'),
+                type='PackDetInputs',
+            ),
         ],
         test_mode=True,
-        type='CocoDataset'),
+        type='CocoDataset',
+    ),
     drop_last=False,
     num_workers=0,
     persistent_workers=False,
-    sampler=dict(_scope_='mmdet', shuffle=False, type='DefaultSampler'))
+    sampler=dict(_scope_='mmdet', shuffle=False, type='DefaultSampler'),
+)
 val_evaluator = dict(
     _scope_='mmdet',
     ann_file='/tmp/pytest-of-root/pytest-12/data0/shapes/annotations/val.json',
@@ -412,7 +458,8 @@ val_evaluator = dict(
         'bbox',
         'segm',
     ],
-    type='CocoMetric')
+    type='CocoMetric',
+)
 vis_backends = [
     dict(_scope_='mmdet', type='LocalVisBackend'),
 ]
@@ -423,5 +470,6 @@ visualizer = dict(
     type='DetLocalVisualizer',
     vis_backends=[
         dict(type='LocalVisBackend'),
-    ])
+    ],
+)
 work_dir = '/tmp/pytest-of-root/pytest-12/test_test_scores_a_checkpoint_0'
