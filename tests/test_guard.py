@@ -121,3 +121,44 @@ def test_an_ema_hook_passes_and_averages_the_prompts(tmp_path):
     frozen = {name for name, _ in frozen_tensors(run.model)}
     for name, parameter in run.model.named_parameters():
         assert torch.equal(averaged[name], parameter) == (name in frozen), name
+
+
+def test_a_checkpoint_holds_the_exact_frozen_tensors_whatever_an_average_does(tmp_path):
+    """mmdet's EMA computes a * (1 - m) + b * m, which drifts by rounding where a equals b."""
+    from mmdet.models.layers import ExpMomentumEMA
+
+    run = runner(tmp_path, BACKBONE, ProTuneRunner)
+    ema = ExpMomentumEMA(run.model, momentum=0.3, gamma=10)
+    for _ in range(300):
+        ema.update_parameters(run.model)
+    drifted = {k: v.clone() for k, v in ema.module.state_dict().items()}
+    checkpoint = dict(state_dict=drifted, ema_state_dict=ema.state_dict())
+    exact = dict(frozen_tensors(run.model))
+    assert any(not torch.equal(drifted[name], tensor) for name, tensor in exact.items())
+    next(h for h in run.hooks if isinstance(h, FrozenGuardHook)).before_save_checkpoint(
+        run, checkpoint
+    )
+    for name, tensor in exact.items():
+        assert torch.equal(checkpoint['state_dict'][name], tensor), name
+        assert torch.equal(checkpoint['ema_state_dict'][f'module.{name}'], tensor), name
+
+
+def test_prompts_frozen_from_outside_stay_so_and_are_not_watched(tmp_path):
+    run = runner(tmp_path, BACKBONE, ProTuneRunner)
+    run.model.backbone.requires_grad_(False)
+    run.train()
+    assert not any(p.requires_grad for p in run.model.backbone.parameters())
+
+
+def test_the_full_policy_has_no_guard(tmp_path):
+    run = runner(tmp_path, dict(BACKBONE, policy='full'), ProTuneRunner)
+    run.train()
+    assert not any(isinstance(h, FrozenGuardHook) for h in run.hooks)
+    assert 'Pro-tuning:' not in next(tmp_path.glob('*/*.log')).read_text()
+
+
+def test_an_optimizer_object_is_taken_as_it_is(tmp_path):
+    run = runner(tmp_path, BACKBONE, ProTuneRunner)
+    trained = [p for p in run.model.parameters() if p.requires_grad]
+    run.optim_wrapper = dict(type='OptimWrapper', optimizer=torch.optim.SGD(trained, lr=0.1))
+    run.train()

@@ -143,6 +143,7 @@ def test_a_pure_python_config_builds(tmp_path, library, spelling):
         assert type(backbone).__name__ == base
         assert len(protune_mm.tuned_parameters(backbone)) == 24
     rewritten = protune_mm.protune_config(Config.fromfile(tmp_path / 'stock_base.py'))
+    rewritten = _dumped(rewritten, tmp_path)
     assert len(protune_mm.tuned_parameters(MODELS.build(rewritten.model.backbone))) == 24
 
 
@@ -169,6 +170,17 @@ def test_options_from_the_command_line_reach_a_stock_config():
     assert cfg.model.backbone.prompt == 'paper'
     assert cfg.model.backbone.depth == 101
     assert cfg.model.backbone.policy == 'head-only'
+
+
+def test_options_from_the_command_line_reach_an_overlay(tmp_path):
+    options = {'protune.prompt.ratio': 4}
+    cfg = cli.read_config(_write(tmp_path, 'mmdet'), options=options)
+    assert cfg.model.backbone.prompt == dict(ratio=4)
+    with pytest.raises(ValueError, match="type='ResNeXt' overrides"):
+        cli.read_config(
+            'configs/retinanet_protune_r50_coco.py',
+            options={'model.backbone.type': 'ResNeXt'},
+        )
 
 
 def test_our_paths_resolve_in_a_fresh_process():

@@ -1,6 +1,7 @@
 """The stage table says the truth about every backbone it lists."""
 
 import pytest
+import torch
 from mmengine.registry import MODELS
 from torch import nn
 
@@ -145,3 +146,63 @@ def test_a_users_own_backbone_names_its_stages():
 def test_every_family_of_the_table_has_an_example_in_a_library():
     for family in FAMILIES:
         assert family.examples, family.name
+
+
+@pytest.mark.parametrize(
+    'config',
+    [
+        dict(base='mmdet.ResNet', depth=18, out_indices=(0, 1), stages=['layer1', 'layer4']),
+        dict(
+            base='mmpretrain.VisionTransformer',
+            arch='deit-tiny',
+            out_indices=[5],
+            stages=['layers.11'],
+        ),
+    ],
+)
+def test_a_stage_that_reaches_no_output_is_refused(config):
+    with pytest.raises(ValueError, match=r'is none whose output reaches what the backbone'):
+        MODELS.build(dict(type='protune_mm.ProTuned', **config))
+
+
+def test_a_users_own_token_backbone_takes_its_grid_from_patch_embed():
+    class Embed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = nn.Conv2d(3, 16, 16, 16)
+
+        def forward(self, x):
+            x = self.proj(x)
+            return x.flatten(2).transpose(1, 2), x.shape[2:]
+
+    class Mine(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patch_embed = Embed()
+            self.blocks = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+
+        def forward(self, x):
+            return self.blocks(self.patch_embed(x)[0])
+
+    tuned = protune_mm.protune(Mine(), stages=['blocks.0', 'blocks.1'])
+    tuned(image()).mean().backward()
+    assert all(p.grad is not None for p in protune_mm.tuned_parameters(tuned).values())
+
+
+def test_prompts_take_the_dtype_of_their_block():
+    stock = MODELS.build(dict(type='mmdet.ResNet', depth=18)).to(torch.bfloat16)
+    tuned = protune_mm.protune(stock)
+    assert flat(tuned(image().to(torch.bfloat16)))[0].dtype == torch.bfloat16
+
+
+def test_series_without_a_last_block_says_so(log):
+    MODELS.build(
+        dict(
+            type='protune_mm.ProTuned',
+            base='mmdet.ResNet',
+            depth=18,
+            stages=['layer1'],
+            prompt='paper',
+        )
+    )
+    assert "prompt.last='series' has no effect" in log.text

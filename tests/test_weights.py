@@ -138,3 +138,41 @@ def test_a_module_given_with_its_weights_is_not_asked(log):
     stock = MODELS.build(dict(type='mmdet.ResNet', depth=18))
     protune_mm.protune(stock)(image())
     assert warnings_of(log) == []
+
+
+def test_weights_of_another_width_are_an_error_when_asked(tmp_path):
+    """PyTorch reports a wrong shape apart from missing keys, and mmengine only logs it."""
+    source = MODELS.build(dict(type='mmpretrain.MobileNetV2', widen_factor=0.5))
+    tuned = MODELS.build(
+        dict(
+            type='protune_mm.ProTuned',
+            base='mmpretrain.MobileNetV2',
+            widen_factor=0.25,
+            require_weights=True,
+            init_cfg=dict(type='Pretrained', checkpoint=save(source, tmp_path / 'w.pth')),
+        )
+    )
+    tuned.init_weights()
+    with pytest.raises(RuntimeError, match='which has another shape there'):
+        tuned(image())
+
+
+def test_norms_inside_the_stages_are_not_exempt(log):
+    config = dict(depth=18, norm_cfg=dict(type='GN', num_groups=8))
+    stock = MODELS.build(dict(type='mmdet.ResNet', **config))
+    state = {k: v for k, v in stock.state_dict().items() if '.gn' not in k}
+    tuned = MODELS.build(dict(type='protune_mm.ProTuned', base='mmdet.ResNet', **config))
+    tuned.load_state_dict(state, strict=False)
+    tuned(image())
+    assert any('layer1.0.gn1.weight' in w for w in warnings_of(log))
+
+
+def test_init_weights_keeps_the_weights_a_module_came_with():
+    import protune_mm
+
+    stock = MODELS.build(dict(type='mmdet.ResNet', depth=18))
+    before = {k: v.clone() for k, v in stock.state_dict().items()}
+    tuned = protune_mm.protune(stock)
+    tuned.init_weights()
+    for name, tensor in before.items():
+        assert torch.equal(tuned.state_dict()[name], tensor), name
