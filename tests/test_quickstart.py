@@ -1,6 +1,5 @@
 """tools/quickstart.py: what it makes of a data folder and of foreign weights."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -9,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+# Scripts import what lies beside them.
+sys.path.insert(0, str(Path(__file__).parents[1] / 'tools'))
+import coco_folder
+import mobilenetv2_weights
+
 SCRIPT = Path(__file__).parents[1] / 'tools' / 'quickstart.py'
-spec = importlib.util.spec_from_file_location('quickstart', SCRIPT)
-quickstart = importlib.util.module_from_spec(spec)
-# A dataclass looks its module up.
-sys.modules[spec.name] = quickstart
-spec.loader.exec_module(quickstart)
 
 CLASSES = ('cat', 'dog')
 
@@ -81,9 +80,9 @@ def test_layouts(tmp_path, train, val, train_images, val_images, prefix):
     folders = {train: train_images, val: val_images}
     images = [f'{folders[file]}/{name}' for file in names for name in names[file]]
     write(tmp_path, {file: document(names[file]) for file in names}, images)
-    layout = quickstart.find_layout(tmp_path)
-    assert layout.train == quickstart.Split(tmp_path / train, tmp_path / train_images, 3)
-    assert layout.val == quickstart.Split(tmp_path / val, tmp_path / val_images, 2)
+    layout = coco_folder.find_layout(tmp_path)
+    assert layout.train == coco_folder.Split(tmp_path / train, tmp_path / train_images, 3)
+    assert layout.val == coco_folder.Split(tmp_path / val, tmp_path / val_images, 2)
     assert layout.classes == CLASSES
     assert layout.side == 40
 
@@ -91,7 +90,7 @@ def test_layouts(tmp_path, train, val, train_images, val_images, prefix):
 def test_captions_and_keypoints_are_passed_over(tmp_path):
     files, images = good()
     files['annotations/captions_train.json'] = files['annotations/person_train.json'] = '{}'
-    layout = quickstart.find_layout(write(tmp_path, files, images))
+    layout = coco_folder.find_layout(write(tmp_path, files, images))
     assert layout.train.annotations.name == 'train.json'
 
 
@@ -133,8 +132,8 @@ def test_bad_data_is_named(tmp_path, file, content, message):
     files[file] = content
     files = {name: text for name, text in files.items() if text is not None}
     write(tmp_path, files, images)
-    with pytest.raises(quickstart.BadInputError) as caught:
-        quickstart.find_layout(tmp_path)
+    with pytest.raises(coco_folder.BadInputError) as caught:
+        coco_folder.find_layout(tmp_path)
     assert message in str(caught.value)
     assert str(tmp_path) in str(caught.value)
     assert '\n' not in str(caught.value)
@@ -180,7 +179,7 @@ def test_renamed_keys_are_those_of_mmpretrain_in_order():
     from mmpretrain.models import MobileNetV2
 
     state = sequential()
-    renamed = quickstart.mmpretrain_keys(state)
+    renamed = mobilenetv2_weights.mmpretrain_keys(state)
     # Both networks list their tensors in the order of the forward pass, and so does the renaming.
     assert list(renamed) == list(MobileNetV2().state_dict())
     assert [int(v) for v in renamed.values()] == [int(v) for v in state.values()]
@@ -192,23 +191,23 @@ def test_renamed_keys_are_those_of_mmpretrain_in_order():
 )
 def test_foreign_keys_are_refused(key):
     with pytest.raises(ValueError, match='is no tensor of a sequential MobileNetV2'):
-        quickstart.mmpretrain_keys({key: torch.zeros(1)})
+        mobilenetv2_weights.mmpretrain_keys({key: torch.zeros(1)})
 
 
 def test_weights_are_checked_whole():
     from mmpretrain.models import MobileNetV2
 
     state = MobileNetV2().state_dict()
-    quickstart.check_state(state)
+    mobilenetv2_weights.check_state(state)
     del state['layer3.1.conv.2.bn.running_var']
     with pytest.raises(RuntimeError, match=r'layer3\.1\.conv\.2\.bn\.running_var'):
-        quickstart.check_state(state)
+        mobilenetv2_weights.check_state(state)
 
 
 def test_given_weights_must_be_there(tmp_path, monkeypatch):
     monkeypatch.setenv('PROTUNE_WEIGHTS', str(tmp_path))
-    with pytest.raises(quickstart.BadInputError, match='PROTUNE_WEIGHTS='):
-        quickstart.find_weights()
-    quickstart.save({'a': torch.zeros(1)}, tmp_path / quickstart.WEIGHTS)
-    assert quickstart.find_weights() == tmp_path / quickstart.WEIGHTS
-    assert [path.name for path in tmp_path.iterdir()] == [quickstart.WEIGHTS]
+    with pytest.raises(coco_folder.BadInputError, match='PROTUNE_WEIGHTS='):
+        mobilenetv2_weights.find_weights()
+    mobilenetv2_weights.save({'a': torch.zeros(1)}, tmp_path / mobilenetv2_weights.WEIGHTS)
+    assert mobilenetv2_weights.find_weights() == tmp_path / mobilenetv2_weights.WEIGHTS
+    assert [path.name for path in tmp_path.iterdir()] == [mobilenetv2_weights.WEIGHTS]
