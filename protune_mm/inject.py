@@ -164,13 +164,14 @@ def _sites(module: nn.Module, options: Options) -> list[Site]:
     layout = family.layout if family else Unknown()
     chosen = _choose(module, table, options.stages)
     last_block = table[-1].blocks[-1] if table else chosen[-1][1]
+    known = family is not None
+    reachable = {block for stage in table for block in stage.blocks}
     sites = []
     for name, path in chosen:
         block = module.get_submodule(path)
         if hasattr(block, 'prompt'):
             raise ValueError(f"'{path}' has an attribute 'prompt' already: choose another block")
-        known = family is not None
-        if known and path not in {b for stage in table for b in stage.blocks}:
+        if known and path not in reachable:
             raise ValueError(
                 f"stage '{name}' of {type(module).__name__} is none whose output reaches what the "
                 f'backbone returns: choose from {", ".join(stage.name for stage in table)}, or '

@@ -85,7 +85,8 @@ def test_test_scores_a_checkpoint(trained, shapes, tmp_path, more):
     work, _ = trained
     checkpoint = sorted(work.glob('epoch_*.pth'))[-1]
     out = tmp_path / 'metrics.json'
-    arguments = [SHAPES, checkpoint, '--work-dir', tmp_path, '--out', out, '--show-dir', 'shown']
+    shown = tmp_path / 'shown'
+    arguments = [SHAPES, checkpoint, '--work-dir', tmp_path, '--out', out, '--show-dir', shown]
     options = [*QUICK[1:], *data(shapes), *(BOXES if more else [])]
     run_tool('tools/test.py', *arguments, *more, '--cfg-options', *options)
     assert -1 <= json.loads(out.read_text())['coco/bbox_mAP'] <= 1
