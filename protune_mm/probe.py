@@ -14,6 +14,9 @@ from .features import EXPECTED, Site, unexpected_output
 PROBE_SIZE = (224, 224)
 """Height and width of the probe image, in pixels: the native size of most backbones."""
 
+OTHER_SIZE = (288, 160)
+"""A second size: what changes with it is height or width, not channels."""
+
 
 def probe_outputs(
     module: nn.Module, names: list[str], size: tuple[int, int] = PROBE_SIZE
@@ -75,10 +78,16 @@ def probe_channels(module: nn.Module, sites: list[Site]) -> dict[str, int]:
         dict[str, int]: dotted name of a block to the channels C of its output.
 
     Raises:
-        TypeError: a block yields something other than a map or tokens, or never runs.
+        TypeError: a block yields something other than a map or tokens (a channels-last map, say),
+            or never runs.
         ValueError: see :func:`probe_outputs`.
     """
-    outputs = probe_outputs(module, [site.block for site in sites])
+    names = [site.block for site in sites]
+    outputs = probe_outputs(module, names)
+    try:
+        others = probe_outputs(module, names, OTHER_SIZE)
+    except ValueError:
+        others = {}  # It takes images of one size only.
     channels = {}
     for site in sites:
         if site.block not in outputs:
@@ -89,5 +98,12 @@ def probe_channels(module: nn.Module, sites: list[Site]) -> dict[str, int]:
         out = outputs[site.block]
         if not isinstance(out, Tensor) or out.ndim not in (3, 4):
             raise TypeError(unexpected_output(site.name, out, EXPECTED))
-        channels[site.block] = out.shape[1] if out.ndim == 4 else out.shape[2]
+        axis = 1 if out.ndim == 4 else 2
+        other = others.get(site.block, out)
+        if other.shape[axis] != out.shape[axis]:
+            raise TypeError(
+                f'{unexpected_output(site.name, out, EXPECTED)}; axis {axis}, the channels, '
+                f'changes with the size of the image (to {other.shape[axis]})'
+            )
+        channels[site.block] = out.shape[axis]
     return channels

@@ -14,16 +14,21 @@ import torch
 with warnings.catch_warnings():
     # What the stack warns of while it is imported is not ours; later warnings are errors.
     warnings.simplefilter('ignore')
-    import mmdet.models  # noqa: F401
-    import mmpretrain.models  # noqa: F401
-    import mmseg.models  # noqa: F401
+    import mmdet.models
+    import mmpretrain.models
+    import mmseg.models
     from mmengine.logging import MMLogger
     from mmengine.registry import MODELS, DefaultScope
 
     import protune_mm  # noqa: F401
     from protune_mm.stages import FAMILIES
 
+from tests.small_runs import CLS, QUICK, SEG, SHAPES, data
+
 ROOT = Path(__file__).parent.parent
+STOCK_TOOLS = {
+    m.__name__: Path(m.__file__).parent / '.mim/tools' for m in (mmdet, mmseg, mmpretrain)
+}
 EXAMPLES = [
     pytest.param(library, family, id=f'{library}-{family.name}')
     for family in FAMILIES
@@ -144,3 +149,35 @@ def pictures(tmp_path_factory):
         mask = rng.integers(0, 3, (48, 64), dtype=np.uint8)
         cv2.imwrite(str(root / f'masks/{i}.png'), mask)
     return root
+
+
+@pytest.fixture(scope='session')
+def trained(shapes, tmp_path_factory):
+    """Work folder of one epoch of the quickstart's config, and what was printed."""
+    work = tmp_path_factory.mktemp('trained')
+    done = run_tool(
+        'tools/train.py', SHAPES, '--work-dir', work, '--cfg-options', *QUICK, *data(shapes)
+    )
+    return work, done
+
+
+@pytest.fixture(scope='session')
+def trained_seg(pictures, tmp_path_factory):
+    """A segmentor's config, the checkpoint of three iterations with mmseg's own train.py."""
+    work = tmp_path_factory.mktemp('trained_seg')
+    config = work / 'seg.py'
+    stock = 'mmseg::upernet/upernet_r50_4xb4-80k_ade20k-512x512.py'
+    config.write_text(SEG.format(stock=stock, root=str(pictures)))
+    run_tool(STOCK_TOOLS['mmseg'] / 'train.py', config, '--work-dir', work)
+    return config, work / 'iter_3.pth'
+
+
+@pytest.fixture(scope='session')
+def trained_cls(pictures, tmp_path_factory):
+    """A classifier's config, the checkpoint of one epoch with mmpretrain's own train.py."""
+    work = tmp_path_factory.mktemp('trained_cls')
+    config = work / 'cls.py'
+    config.write_text(CLS.format(root=str(pictures / 'classes')))
+    plain = ['--no-pin-memory', '--no-persistent-workers']
+    run_tool(STOCK_TOOLS['mmpretrain'] / 'train.py', config, *plain, '--work-dir', work)
+    return config, work / 'epoch_1.pth'

@@ -30,6 +30,8 @@ CASES = [
     (dict(prompt=dict(ratio=65)), "stage 'layer1': ratio=65 leaves no channel of 64"),
     (dict(prompt=dict(type='Nope')), "prompt.type='Nope' is unknown: known are ProTuningBlock"),
     (dict(prompt=dict(rate=3)), "stage 'layer1'.*unexpected keyword argument 'rate'"),
+    (dict(prompt=dict(ratio='4')), "stage 'layer1': ratio='4' is no number"),
+    (dict(prompt=dict(kernel_size=4)), "stage 'layer1': kernel_size=4 shifts the map"),
     (dict(prompt=dict(last='first')), "prompt.last='first' is unknown: use one of residual"),
     (dict(prompt='papr'), "prompt='papr' is unknown: use 'paper'"),
     (dict(policy='half'), "policy='half' is unknown: use one of prompts, head-only, full"),
@@ -62,15 +64,22 @@ class Odd(nn.Module):
         self.box = nn.ModuleList()
         self.custom = Custom(nn.Conv2d(3, 3, 1))
         self.fine = nn.Conv2d(3, 3, 1)
+        self.back = Back()
 
     def forward(self, x):
         self.pair(x)
+        self.back(x)
         return self.fine(self.custom(x))
 
 
 class Pair(nn.Module):
     def forward(self, x):
         return x, x
+
+
+class Back(nn.Module):
+    def forward(self, x):
+        return x.permute(0, 2, 3, 1)
 
 
 class Custom(nn.Sequential):
@@ -82,6 +91,11 @@ class Custom(nn.Sequential):
     ('stage', 'error', 'message'),
     [
         ('pair', TypeError, r"stage 'pair' yields a tuple; a prompt needs a \(B, C, H, W\)"),
+        (
+            'back',
+            TypeError,
+            r"'back' yields a tensor of shape .*the channels, changes with the size",
+        ),
         ('never', TypeError, r"stage 'never' never runs in Odd.forward"),
         ('box', ValueError, r"stage 'box' is empty"),
         ('custom', ValueError, r"'custom': Custom is a Sequential with a forward of its own"),

@@ -3,43 +3,15 @@
 import json
 from pathlib import Path
 
-import mmdet
-import mmpretrain
-import mmseg
 import pytest
 import torch
 
-from tests.conftest import run_tool
-
-SHAPES = 'configs/small/mask_rcnn_protune_mobilenetv2_shapes.py'
-STOCK_TOOLS = {
-    m.__name__: Path(m.__file__).parent / '.mim/tools' for m in (mmdet, mmseg, mmpretrain)
-}
-QUICK = (
-    'train_cfg.max_epochs=1',
-    'default_hooks.logger.interval=1',
-    'model.backbone.init_cfg=None',
-)
-
-
-def data(root):
-    roots = [f'{split}_dataloader.dataset.data_root={root}/' for split in ('train', 'val', 'test')]
-    val = f'{root}/annotations/val.json'
-    return [*roots, f'val_evaluator.ann_file={val}', f'test_evaluator.ann_file={val}']
+from tests.conftest import STOCK_TOOLS, run_tool
+from tests.small_runs import QUICK, SHAPES, data
 
 
 def state(path):
     return torch.load(path, weights_only=True)['state_dict']
-
-
-@pytest.fixture(scope='session')
-def trained(shapes, tmp_path_factory):
-    """Work folder of one epoch of the quickstart's config, and what was printed."""
-    work = tmp_path_factory.mktemp('trained')
-    done = run_tool(
-        'tools/train.py', SHAPES, '--work-dir', work, '--cfg-options', *QUICK, *data(shapes)
-    )
-    return work, done
 
 
 def test_train_prints_the_line_and_proves_the_freeze(trained):
@@ -122,46 +94,11 @@ def test_the_stock_tools_of_mmdet(shapes, tmp_path):
     assert len(list((tmp_path / 'browsed').glob('**/*.png'))) == 6
 
 
-SEG = """
-_base_ = [{stock!r}]
-crop_size = (48, 64)
-data_root = {root!r}
-pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='LoadAnnotations'),
-    dict(type='PackSegInputs'),
-]
-dataset = dict(
-    _delete_=True, type='BaseSegDataset', data_root=data_root, img_suffix='.png',
-    data_prefix=dict(img_path='images', seg_map_path='masks'), pipeline=pipeline,
-    metainfo=dict(classes=('a', 'b', 'c')),
-)
-train_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False, dataset=dataset)
-val_dataloader = dict(batch_size=1, num_workers=0, persistent_workers=False, dataset=dataset)
-test_dataloader = val_dataloader
-train_cfg = dict(max_iters=3, val_interval=3)
-default_hooks = dict(checkpoint=dict(interval=3), logger=dict(interval=1))
-model = dict(
-    data_preprocessor=dict(size=crop_size),
-    pretrained=None,
-    backbone=dict(type='protune_mm.ProTuned', base='ResNetV1c', depth=18, norm_cfg=dict(type='BN')),
-    decode_head=dict(
-        in_channels=[64, 128, 256, 512], channels=8, num_classes=3, norm_cfg=dict(type='BN')
-    ),
-    auxiliary_head=dict(in_channels=256, channels=8, num_classes=3, norm_cfg=dict(type='BN')),
-)
-"""
-
-
-def test_mmseg_with_stock_and_our_tools(pictures, tmp_path):
-    config = tmp_path / 'seg.py'
-    stock = 'mmseg::upernet/upernet_r50_4xb4-80k_ade20k-512x512.py'
-    config.write_text(SEG.format(stock=stock, root=str(pictures)))
-    tools = STOCK_TOOLS['mmseg']
-    run_tool(tools / 'train.py', config, '--work-dir', tmp_path / 'stock')
-    checkpoint = tmp_path / 'stock/iter_3.pth'
+def test_mmseg_with_stock_and_our_tools(trained_seg, tmp_path):
+    config, checkpoint = trained_seg
     # Loading needs torch.load to accept mmengine's file: building our backbone sees to that.
-    run_tool(tools / 'test.py', config, checkpoint, '--work-dir', tmp_path / 'stock')
+    stock_test = STOCK_TOOLS['mmseg'] / 'test.py'
+    run_tool(stock_test, config, checkpoint, '--work-dir', tmp_path / 'stock')
     done = run_tool('tools/train.py', config, '--work-dir', tmp_path / 'ours')
     assert 'bit-identical' in done.stdout + done.stderr
     out = tmp_path / 'metrics.json'
@@ -169,33 +106,10 @@ def test_mmseg_with_stock_and_our_tools(pictures, tmp_path):
     assert 'mIoU' in json.loads(out.read_text())
 
 
-CLS = """
-_base_ = ['mmpretrain::resnet/resnet18_8xb32_in1k.py']
-pipeline = [
-    dict(type='LoadImageFromFile'), dict(type='Resize', scale=(64, 48)), dict(type='PackInputs'),
-]
-dataset = dict(_delete_=True, type='CustomDataset', data_root={root!r}, pipeline=pipeline)
-train_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False, dataset=dataset)
-val_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False, dataset=dataset)
-test_dataloader = val_dataloader
-train_cfg = dict(max_epochs=1)
-val_evaluator = dict(topk=(1,))
-test_evaluator = val_evaluator
-model = dict(
-    backbone=dict(type='protune_mm.ProTuned', base='ResNet'), head=dict(num_classes=2, topk=(1,))
-)
-data_preprocessor = dict(num_classes=2)
-"""
-
-
-def test_mmpretrain_with_stock_and_our_tools(pictures, tmp_path):
-    config = tmp_path / 'cls.py'
-    config.write_text(CLS.format(root=str(pictures / 'classes')))
-    tools = STOCK_TOOLS['mmpretrain']
-    stock = ['--no-pin-memory', '--no-persistent-workers', '--work-dir', tmp_path / 'stock']
-    run_tool(tools / 'train.py', config, *stock)
-    checkpoint = tmp_path / 'stock/epoch_1.pth'
-    run_tool(tools / 'test.py', config, checkpoint, '--no-pin-memory', *stock[2:])
+def test_mmpretrain_with_stock_and_our_tools(trained_cls, tmp_path):
+    config, checkpoint = trained_cls
+    stock_test = STOCK_TOOLS['mmpretrain'] / 'test.py'
+    run_tool(stock_test, config, checkpoint, '--no-pin-memory', '--work-dir', tmp_path / 'stock')
     ours = ['--no-pin-memory', '--work-dir', tmp_path / 'ours']
     done = run_tool('tools/train.py', config, *ours)
     assert 'bit-identical' in done.stdout + done.stderr

@@ -33,6 +33,9 @@ def main() -> None:
     parser.add_argument('--epochs', type=int, help='default: as the config says')
     parser.add_argument('--out', default='docs/real_runs', help='folder of results and table')
     parser.add_argument('--work-dir', default='work_dirs/compare')
+    parser.add_argument(
+        '--cfg-options', nargs='+', default=[], metavar='KEY=VALUE', help='handed to both tools'
+    )
     args = parser.parse_args()
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -40,8 +43,8 @@ def main() -> None:
     plan = [(config, policy) for config in args.configs for policy in args.policies]
     for number, (config, policy) in enumerate(plan, 1):
         done = read(results)
-        key = (Path(config).stem, policy, args.seed)
-        if any((row['config'], row['policy'], row['seed']) == key for row in done):
+        key = (Path(config).stem, policy, args.seed, *args.cfg_options)
+        if any(key == key_of(row) for row in done):
             print(f'[{number}/{len(plan)}] {key}: already in {results}', flush=True)
             continue
         print(f'[{number}/{len(plan)}] {key}: training', flush=True)
@@ -52,12 +55,17 @@ def main() -> None:
     (out / 'README.md').write_text(table(read(results)))
 
 
+def key_of(row: dict) -> tuple:
+    return (row['config'], row['policy'], row['seed'], *row.get('options', ()))
+
+
 def run(config: str, policy: str, args: argparse.Namespace) -> dict:
     """Train, pick by validation, test; return one line of results."""
     cfg = cli.read_config(config, policy=policy)
     metric = cfg.default_hooks.checkpoint.save_best
-    work = Path(args.work_dir) / Path(config).stem / f'{policy}-seed{args.seed}'
-    options = [f'randomness.seed={args.seed}']
+    name = '-'.join([policy, f'seed{args.seed}', *(o.split('.')[-1] for o in args.cfg_options)])
+    work = Path(args.work_dir) / Path(config).stem / name
+    options = [f'randomness.seed={args.seed}', *args.cfg_options]
     if args.epochs:
         options.append(f'train_cfg.max_epochs={args.epochs}')
     train = [config, '--policy', policy, '--work-dir', str(work), '--cfg-options', *options]
@@ -69,10 +77,12 @@ def run(config: str, policy: str, args: argparse.Namespace) -> dict:
     checkpoint = next(work.glob(f'best_{metric.replace("/", "_")}_epoch_{best}.pth'))
     scores = work / 'test.json'
     test = [config, str(checkpoint), '--policy', policy, '--work-dir', str(work)]
-    call('test.py', [*test, '--out', str(scores)])
+    extra = ['--cfg-options', *args.cfg_options] if args.cfg_options else []
+    call('test.py', [*test, '--out', str(scores), *extra])
     return {
         'config': Path(config).stem,
         'policy': policy,
+        'options': args.cfg_options,
         'seed': args.seed,
         'metric': metric,
         'epochs': max(curve),
@@ -84,7 +94,8 @@ def run(config: str, policy: str, args: argparse.Namespace) -> dict:
         'wall_s': round(wall),
         'threads': torch.get_num_threads(),
         'command': f'python tools/compare.py {config} --policies {policy} --seed {args.seed}'
-        + (f' --epochs {args.epochs}' if args.epochs else ''),
+        + (f' --epochs {args.epochs}' if args.epochs else '')
+        + ' '.join(['', *extra]),
         'versions': stack_versions(),
     }
 

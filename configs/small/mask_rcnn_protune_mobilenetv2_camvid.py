@@ -79,7 +79,7 @@ test_dataloader = dict(
 val_evaluator = dict(ann_file=data_root + 'annotations/instances_val.json')
 test_evaluator = dict(ann_file=data_root + 'annotations/instances_test.json')
 
-train_cfg = dict(_delete_=True, **_base_.short_train_cfg, max_epochs=15)
+train_cfg = dict(_delete_=True, **_base_.short_train_cfg, max_epochs=24)
 optim_wrapper = dict(_delete_=True, **_base_.short_optim_wrapper)
 param_scheduler = _base_.short_param_scheduler
 default_hooks = dict(

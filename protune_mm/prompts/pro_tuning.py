@@ -34,6 +34,7 @@ class ProTuningBlock(BaseModule):
 
     Raises:
         ValueError: ``ratio`` leaves no channel, or ``kernel_size`` is even.
+        TypeError: an option that should be a number is none.
 
     Shape: ``(B, C, H, W) -> (B, C, H, W)``, any H and W from 1 on.
     """
@@ -51,6 +52,9 @@ class ProTuningBlock(BaseModule):
         zero_init: bool = True,
     ) -> None:
         super().__init__()
+        for name, value in (('ratio', ratio), ('kernel_size', kernel_size), ('scale', scale)):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f'{name}={value!r} is no number')
         if ratio <= 0 or int(channels / ratio) < 1:
             raise ValueError(
                 f'ratio={ratio} leaves no channel of {channels}: use a ratio above 0 and at most '
