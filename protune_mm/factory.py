@@ -19,7 +19,7 @@ def ProTuned(  # noqa: N802  (a registered type, spelled like one)
     *,
     stages: str | list[str] | None = None,
     prompt: str | dict | None = None,
-    lean: bool = True,
+    lean: bool | str | dict = True,
     policy: str = 'prompts',
     require_weights: bool = False,
     **backbone: Any,

@@ -17,6 +17,7 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
+from .lean import LeanOptions, forget
 from .subclass import add_mixin, stock_type
 from .weights import LoadRecord
 
@@ -27,7 +28,7 @@ class Options:
 
     stages: str | list[str] | None
     prompt: dict
-    lean: bool
+    lean: LeanOptions | None
     policy: str
     require_weights: bool
 
@@ -79,6 +80,8 @@ class ProTunedBackbone:
             parameter.requires_grad_(requires_grad)
         for prompt in prompts(self).values():
             prompt.train(mode)
+        # Weights written past autograd's version counter, as an EMA swap does, count from here.
+        forget(self)
         return self
 
     def init_weights(self) -> None:

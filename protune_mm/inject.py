@@ -13,6 +13,7 @@ from torch import nn
 
 from .features import PatchGrid, Site, Tokens, Unknown
 from .frozen import Options, PromptedBlock, ProTunedBackbone, freeze
+from .lean import lean_options, make_lean
 from .probe import probe_channels
 from .registry import PROMPTS
 from .stages import Stage, find_family, known_families
@@ -28,7 +29,7 @@ def protune(
     *,
     stages: str | list[str] | None = None,
     prompt: str | dict | None = None,
-    lean: bool = True,
+    lean: bool | str | dict = True,
     policy: str = 'prompts',
     require_weights: bool = False,
     weights_given: bool = True,
@@ -49,8 +50,10 @@ def protune(
             replace that stage's output; ``'residual'`` adds it. ``extra_tokens`` says what the
             class token receives where a head reads nothing else: ``'map'``, a prompt of its own,
             or ``'mean'``, the mean of the patches' prompt.
-        lean: reserved for lean execution of the frozen layers; version 0.1.0 runs stock layers
-            either way.
+        lean: frozen layers keep for backward only what their input's gradient needs. True or
+            ``'memory'``: least memory; ``'time'``: least time; False: stock layers. Or any part
+            of ``dict(prefer='memory', dtype=None, channels_last=False)``, see
+            :class:`protune_mm.lean.LeanOptions`.
         policy: ``'prompts'``; ``'head-only'``: freeze, no prompts; ``'full'``: leave the module
             as it is, for comparison.
         require_weights: a frozen backbone without loaded weights is an error, not a warning.
@@ -69,7 +72,8 @@ def protune(
     Source: arXiv 2207.14381, Figure 2.
     """
     stages = list(stages) if isinstance(stages, tuple) else stages
-    options = Options(stages, _prompt_config(prompt), lean, policy, require_weights)
+    lean_as = lean_options(lean)
+    options = Options(stages, _prompt_config(prompt), lean_as, policy, require_weights)
     if policy not in POLICIES:
         raise ValueError(f"policy='{policy}' is unknown: use one of {', '.join(POLICIES)}")
     if isinstance(module, ProTunedBackbone):
@@ -87,7 +91,11 @@ def protune(
     sites = _sites(module, options) if policy == 'prompts' else []
     # Everything that can fail on bad input is done before the module is touched.
     prompts = [_build_prompt(site, options.prompt) for site in sites]
+    if lean_as is not None:
+        # Before the prompts: a prompted layer runs its lean form, then its prompt.
+        make_lean(module, lean_as, {module.get_submodule(site.block) for site in sites})
     for site, block in zip(sites, prompts, strict=True):
+        block.lean = lean_as is not None
         _attach(module, site, block)
     freeze(module, options, weights_given)
     return module

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import torch
@@ -44,6 +45,32 @@ def probe_outputs(
         )
         for name in names
     ]
+    try:
+        run_on_ghost(module, size)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return outputs
+
+
+def run_on_ghost(
+    module: nn.Module,
+    size: tuple[int, int] = PROBE_SIZE,
+    watch: contextlib.AbstractContextManager | None = None,
+) -> object:
+    """Run a backbone in evaluation mode on a fake image of one size, with fake weights.
+
+    Args:
+        module: the backbone, unchanged afterwards.
+        size: height and width of the image, in pixels. The image has 3 channels.
+        watch: a context to run it in, such as a dispatch mode.
+
+    Returns:
+        What the backbone returns, of fake tensors.
+
+    Raises:
+        ValueError: the backbone cannot run on such an image.
+    """
     modes = {m: m.training for m in module.modules()}
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     state = itertools.chain(module.named_parameters(), module.named_buffers())
@@ -52,8 +79,8 @@ def probe_outputs(
     try:
         for m in modes:
             m.training = False
-        with fake, torch.no_grad():
-            functional_call(module, ghost, (torch.empty(1, 3, *size),))
+        with fake, torch.no_grad(), watch or contextlib.nullcontext():
+            return functional_call(module, ghost, (torch.empty(1, 3, *size),))
     except Exception as error:
         raise ValueError(
             f'{type(module).__name__} failed on a probe image of shape {(1, 3, *size)}, so the '
@@ -62,9 +89,6 @@ def probe_outputs(
     finally:
         for m, mode in modes.items():
             m.training = mode
-        for handle in handles:
-            handle.remove()
-    return outputs
 
 
 def probe_channels(module: nn.Module, sites: list[Site]) -> dict[str, int]:

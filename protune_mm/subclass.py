@@ -53,6 +53,8 @@ def _reduce(self: nn.Module) -> tuple:
         cls = cls._protune_stock
     # object.__getstate__ exists from Python 3.11 on.
     state = self.__getstate__() if hasattr(self, '__getstate__') else self.__dict__
+    # Derived values of lean layers are made anew.
+    state = {key: value for key, value in state.items() if key != '_protune_cache'}
     return _rebuild, (cls, tuple(reversed(mixins))), state
 
 

@@ -13,7 +13,7 @@ from tests.conftest import EXAMPLES, build_stock, example, flat, image, move_pro
 @pytest.mark.parametrize(('library', 'family'), EXAMPLES)
 @pytest.mark.parametrize('stages', [None, 'blocks'])
 def test_output_is_the_stock_output_bit_for_bit(library, family, stages):
-    stock, tuned = pair(library, family, stages=stages)
+    stock, tuned = pair(library, family, stages=stages, lean=False)
     x = image()
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
@@ -22,13 +22,15 @@ def test_output_is_the_stock_output_bit_for_bit(library, family, stages):
 
 
 @pytest.mark.parametrize(('library', 'family'), EXAMPLES)
-def test_output_is_the_trainable_stock_output_to_the_last_bit_but_one(library, family):
-    stock, tuned = pair(library, family)
+@pytest.mark.parametrize('lean', [False, 'memory', 'time'])
+def test_output_is_the_trainable_stock_output_but_for_rounding(library, family, lean):
+    stock, tuned = pair(library, family, lean=lean)
     trainable = build_stock(library, family)
     trainable.load_state_dict(stock.state_dict())
     x = image()
     for a, b in zip(flat(trainable(x)), flat(tuned(x)), strict=True):
-        # float32: PyTorch picks other kernels for weights that need a gradient.
+        # float32: PyTorch picks other kernels for weights that need a gradient, and lean layers
+        # fold batch norms.
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
@@ -67,8 +69,10 @@ def test_same_seed_leaves_the_random_state_as_stock_does(library, family):
     assert torch.equal(*states)
 
 
-def test_load_from_a_stock_detector_begins_at_its_predictions():
+@pytest.mark.parametrize('lean', [False, True])
+def test_load_from_a_stock_detector_begins_at_its_predictions(lean, tmp_path, log):
     from mmengine.config import Config
+    from mmengine.runner import load_checkpoint
 
     cfg = Config.fromfile('configs/small/mask_rcnn_protune_mobilenetv2_shapes.py')
     init_default_scope('mmdet')
@@ -78,10 +82,12 @@ def test_load_from_a_stock_detector_begins_at_its_predictions():
     stock_cfg.backbone.type = stock_cfg.backbone.pop('base')
     torch.manual_seed(0)
     stock = MODELS.build(stock_cfg).eval()
+    cfg.model.backbone.lean = lean
     tuned = MODELS.build(cfg.model).eval()
-    missing = tuned.load_state_dict(stock.state_dict(), strict=False)
-    assert missing.missing_keys == []
-    assert missing.unexpected_keys == []
+    torch.save(dict(state_dict=stock.state_dict()), tmp_path / 'stock.pth')
+    load_checkpoint(tuned, str(tmp_path / 'stock.pth'))  # What the Runner does for `load_from`.
+    assert 'the prompts keep their start' in log.text
+    assert 'missing keys' not in log.text
     from mmdet.structures import DetDataSample
 
     sample = DetDataSample(
@@ -94,4 +100,9 @@ def test_load_from_a_stock_detector_begins_at_its_predictions():
         b = tuned.predict(x, [sample.clone()])[0].pred_instances
     assert len(a) > 0
     for key in ('bboxes', 'scores', 'labels', 'masks'):
-        assert torch.equal(torch.as_tensor(a[key]), torch.as_tensor(b[key])), key
+        one, other = torch.as_tensor(a[key]), torch.as_tensor(b[key])
+        if lean:
+            # float32, pixels up to 128; folded batch norms round differently.
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
+        else:
+            assert torch.equal(one, other), key

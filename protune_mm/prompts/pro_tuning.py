@@ -7,6 +7,8 @@ from mmcv.cnn import build_activation_layer, build_norm_layer
 from mmengine.model import BaseModule, kaiming_init
 from torch import Tensor, nn
 
+from ..lean.layers import keeps, tracing
+from ..lean.rebuild import Rebuilding, Recipe
 from ..registry import PROMPTS
 
 
@@ -37,7 +39,13 @@ class ProTuningBlock(BaseModule):
         TypeError: an option that should be a number is none.
 
     Shape: ``(B, C, H, W) -> (B, C, H, W)``, any H and W from 1 on.
+
+    Attributes:
+        lean: compute normalization and activation again in backward instead of keeping their
+            output. Set by :func:`protune_mm.protune`.
     """
+
+    lean = True
 
     def __init__(
         self,
@@ -108,8 +116,66 @@ class ProTuningBlock(BaseModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the prompt for ``x``, scale included, without adding it to ``x``."""
-        prompt = self.act1(self.norm1(self.down(x)))
-        prompt = self.up(self.act2(self.norm2(self.spatial(prompt))))
+        prompt = self._activated(self.down(x), self.norm1, self.act1, self.spatial)
+        prompt = self._activated(prompt, self.norm2, self.act2, self.up)
         if isinstance(self.scale, nn.Parameter) or self.scale != 1.0:
             prompt = prompt * self.scale
         return prompt
+
+    def _activated(self, x: Tensor, norm: nn.Module, act: nn.Module, conv: nn.Module) -> Tensor:
+        """Apply normalization, activation and the next convolution.
+
+        The input of the normalization is all that is kept: what follows from it is cheap to
+        compute again in backward.
+        """
+        if not (self.lean and keeps(x)) or tracing():
+            return conv(act(norm(x)))
+        normed, from_norm = apply_rebuildable(norm, x, None)
+        active, from_act = apply_rebuildable(act, normed, from_norm)
+        if from_act is None:
+            return conv(active)
+        with Rebuilding(from_act) as saved:
+            out = conv(active)
+            saved.let_go(active)
+        return out
+
+
+REBUILDABLE = (nn.Identity, nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.GroupNorm, nn.LayerNorm)
+"""Layers that keep their input anyway and whose output follows from it alone.
+
+ReLU keeps its output, which the next convolution keeps too, and batch norm has statistics.
+"""
+
+
+def apply_rebuildable(
+    layer: nn.Module, x: Tensor, recipe: Recipe | None
+) -> tuple[Tensor, Recipe | None]:
+    """Apply a layer whose input is rebuilt, and say how to rebuild its output.
+
+    Args:
+        layer: a normalization or activation.
+        x: its input.
+        recipe: how to rebuild ``x``; None: it is kept.
+
+    Returns:
+        tuple: the output, and its recipe, or None where it has to be kept.
+    """
+    if type(layer) is nn.Identity:
+        return x, recipe
+    if type(layer) not in REBUILDABLE or getattr(layer, 'inplace', False):
+        return layer(x), None
+    base = x.detach() if recipe is None else None
+    kind, enabled = x.device.type, torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(kind)
+
+    def make() -> list[Tensor]:
+        source = base if recipe is None else recipe.take(0)
+        with torch.autocast(kind, dtype=dtype, enabled=enabled):
+            return [layer(source)]
+
+    if recipe is None:
+        return layer(x), Recipe(make, 0, 0)
+    with Rebuilding(recipe) as saved:
+        out = layer(x)
+        saved.let_go(x)
+    return out, Recipe(make, 0, 0)

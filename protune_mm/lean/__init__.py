@@ -1,0 +1,10 @@
+"""Lean execution: frozen layers that keep almost nothing for backward.
+
+PyTorch's layers keep what the gradient of their weights would need, although frozen weights have
+none. The layers here keep only what the gradient of their input needs, and compute the same.
+"""
+
+from .apply import lean_form, lean_options, make_lean
+from .layers import LeanOptions, forget
+
+__all__ = ['LeanOptions', 'forget', 'lean_form', 'lean_options', 'make_lean']

@@ -1,0 +1,154 @@
+"""Frozen layers as autograd functions that keep for backward only what the input gradient needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .masks import MaskGradient, is_channels_last, pack
+
+
+class FrozenConv2d(torch.autograd.Function):
+    """Convolution with a constant weight: keeps the weight, not the input.
+
+    PyTorch's own keeps its input although only the gradient of the weight, which nobody asks
+    for, would need it (pytorch#133566).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: tuple,
+        padding: tuple,
+        dilation: tuple,
+        groups: int,
+    ) -> Tensor:
+        """See :func:`torch.nn.functional.conv2d`; all tensors are of one dtype."""
+        ctx.save_for_backward(weight)
+        ctx.shape = x.shape
+        ctx.geometry = (stride, padding, dilation, groups)
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        """The gradient of the input alone."""
+        (weight,) = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.geometry
+        # Only the shape of the input is read. Memory that is never written costs nothing on the
+        # CPU, where an expanded number would be copied; a GPU takes the expanded number.
+        if grad.device.type == 'cpu':
+            shape_of_input = grad.new_empty(ctx.shape)
+        else:
+            shape_of_input = grad.new_empty(1).expand(ctx.shape)
+        wanted = (True, False, False)
+        grad_x, _, _ = torch.ops.aten.convolution_backward(
+            grad,
+            shape_of_input,
+            weight,
+            None,
+            stride,
+            padding,
+            dilation,
+            False,
+            [0] * len(stride),
+            groups,
+            wanted,
+        )
+        return grad_x, None, None, None, None, None, None
+
+
+class Gate(torch.autograd.Function):
+    """An activation with one constant slope inside an interval and another outside: keeps a mask.
+
+    ReLU, ReLU6, leaky ReLU, hard sigmoid and the like.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        activation: Callable[[Tensor], Tensor],
+        inside: Callable[[Tensor], Tensor],
+        slopes: tuple[float, float],
+        inplace: bool,
+        bits: bool,
+    ) -> Tensor:
+        """Return ``activation(x)``.
+
+        Args:
+            x: any shape.
+            activation: the function; changes ``x`` itself where ``inplace``.
+            inside: the mask of the interval, from ``x``.
+            slopes: inside and outside the interval.
+            inplace: see ``activation``.
+            bits: keep a bit an element instead of a byte.
+        """
+        mask = inside(x)
+        out = activation(x)
+        if inplace:
+            ctx.mark_dirty(x)
+        ctx.how = (slopes, is_channels_last(mask))
+        ctx.save_for_backward(pack(mask) if bits else mask)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        """The gradient through the mask."""
+        (mask,) = ctx.saved_tensors
+        return MaskGradient.apply(grad, mask, *ctx.how), None, None, None, None, None
+
+
+class FrozenNorm(torch.autograd.Function):
+    """Layer or group norm with constant weights, in float32, of an input in a smaller dtype.
+
+    Under autocast PyTorch's own keeps a float32 copy of the input; this keeps the input.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        groups: int,
+        axes: tuple,
+        eps: float,
+    ) -> Tensor:
+        """See :func:`torch.nn.functional.layer_norm`, or ``group_norm`` where ``groups``."""
+        wide = x.float()
+        if groups:
+            n, c = x.shape[:2]
+            rest = x.numel() // (n * c)
+            out, mean, rstd = torch.ops.aten.native_group_norm(
+                wide.contiguous(), weight, bias, n, c, rest, groups, eps
+            )
+        else:
+            out, mean, rstd = torch.ops.aten.native_layer_norm(wide, axes, weight, bias, eps)
+        ctx.save_for_backward(x, mean, rstd, weight, bias)
+        ctx.groups, ctx.axes = groups, axes
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        """The gradient of the input alone."""
+        x, mean, rstd, weight, bias = ctx.saved_tensors
+        wanted = (True, False, False)
+        if ctx.groups:
+            n, c = x.shape[:2]
+            rest = x.numel() // (n * c)
+            wide = x.float().contiguous()
+            grads = torch.ops.aten.native_group_norm_backward(
+                grad.contiguous(), wide, mean, rstd, weight, n, c, rest, ctx.groups, wanted
+            )
+        else:
+            grads = torch.ops.aten.native_layer_norm_backward(
+                grad, x.float(), ctx.axes, mean, rstd, weight, bias, wanted
+            )
+        return grads[0].to(x.dtype), None, None, None, None, None

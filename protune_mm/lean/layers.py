@@ -1,0 +1,342 @@
+"""Lean forms of the stock layers, by exact type.
+
+Each is a mixin over the stock class, so parameters, names, checkpoints and ``isinstance`` stay
+as they are. A layer that is not frozen any more (``requires_grad`` switched on again) or not in
+evaluation mode runs as stock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..subclass import stock_type
+from .functions import FrozenConv2d, FrozenNorm, Gate
+from .rebuild import Rebuilding, Recipe, attach, recipe_of
+
+
+@dataclass(frozen=True)
+class LeanOptions:
+    """How frozen layers run.
+
+    Attributes:
+        prefer: ``'memory'``: least memory; recompute what costs less than a forward pass.
+            ``'time'``: least time; recompute nothing.
+        dtype: hold the weights of frozen convolutions and linear layers in this dtype, such as
+            ``'bfloat16'``, the one that autocast uses. None: as they are.
+        channels_last: run on channels-last maps.
+    """
+
+    prefer: str = 'memory'
+    dtype: str | None = None
+    channels_last: bool = False
+
+
+def tracing() -> bool:
+    """Whether PyTorch is compiling, exporting or tracing: then nothing is cached or rebuilt."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def keeps(x: Tensor) -> bool:
+    """Whether an operation on ``x`` keeps tensors for backward."""
+    return x.requires_grad and torch.is_grad_enabled()
+
+
+def derived(module: nn.Module, key: object, sources: tuple, make: Callable[[], Any]) -> Any:
+    """A value that follows from parameters, made again whenever one of them has changed.
+
+    Never saved: it is no buffer, and is dropped by deepcopy and pickle.
+
+    Args:
+        module: who keeps the value.
+        key: which value.
+        sources: the tensors it follows from; None is allowed.
+        make: computes it.
+    """
+    tensors = [t for t in sources if t is not None]
+    plain = all(type(t) in (Tensor, nn.Parameter) and not t.is_inference() for t in tensors)
+    if tracing() or not plain:
+        return make()
+    stamp = [(t.data_ptr(), t._version, t.dtype, t.device) for t in tensors]
+    cache = module.__dict__.setdefault('_protune_cache', {})
+    if key in cache and cache[key][0] == stamp:
+        return cache[key][1]
+    # A tensor made in inference mode could not be kept for backward later.
+    with torch.inference_mode(False), torch.no_grad():
+        value = make()
+    cache[key] = (stamp, value)
+    return value
+
+
+def forget(module: nn.Module) -> None:
+    """Drop all derived values below a module: the next forward pass makes them anew."""
+    for child in module.modules():
+        child.__dict__.pop('_protune_cache', None)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Dtype in which autocast would run a convolution or linear layer on ``x``."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    """Context in which autocast casts nothing; cheap where it is off."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Whether no parameter of a layer itself is trained, and it is in evaluation mode."""
+    return not module.training and not any(
+        p is not None and p.requires_grad for p in module._parameters.values()
+    )
+
+
+class LeanConv2d:
+    """Mixin for :class:`torch.nn.Conv2d`: keeps its weight only, with batch norm folded in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See :class:`torch.nn.Conv2d`; shapes as there."""
+        lean = is_frozen(self) and x.numel() > 0
+        norm = self.__dict__.get('_protune_norm')
+        if norm is not None:
+            if not (lean and is_frozen(norm)):
+                norm = None
+            # The norm asks whether it has been computed already.
+            self.__dict__['_protune_folds'] = norm is not None
+        if not lean:
+            return super().forward(x)
+        dtype = compute_dtype(x)
+        weight, bias = self._lean_weights(norm, dtype)
+        padding = self.padding
+        if self.padding_mode != 'zeros' or isinstance(padding, str):
+            mode = 'constant' if self.padding_mode == 'zeros' else self.padding_mode
+            if any(self._reversed_padding_repeated_twice):
+                x = F.pad(x, self._reversed_padding_repeated_twice, mode=mode)
+            padding = (0, 0)
+        geometry = (self.stride, padding, self.dilation, self.groups)
+        with without_autocast(x):
+            x = x.to(dtype)
+            if keeps(x) and not tracing():
+                return FrozenConv2d.apply(x, weight, bias, *geometry)
+            return F.conv2d(x, weight, bias, *geometry)
+
+    def _lean_weights(self, norm: nn.Module | None, dtype: torch.dtype) -> tuple:
+        if norm is None:
+            if self.weight.dtype == dtype:
+                return self.weight, self.bias
+            return derived(
+                self, dtype, (self.weight, self.bias), lambda: cast(dtype, self.weight, self.bias)
+            )
+
+        def fold() -> tuple:
+            scale, shift = affine(norm)
+            weight = self.weight.double() * scale[:, None, None, None]
+            bias = shift if self.bias is None else shift + self.bias.double() * scale
+            return cast(dtype, weight, bias)
+
+        sources = (self.weight, self.bias, *norm_tensors(norm))
+        return derived(self, ('fold', dtype), sources, fold)
+
+
+def cast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple:
+    """The tensors in another dtype, without a graph."""
+    return tuple(None if t is None else t.detach().to(dtype) for t in tensors)
+
+
+def norm_tensors(norm: nn.Module) -> tuple:
+    """All tensors that the result of an evaluation-mode batch norm follows from."""
+    return norm.weight, norm.bias, norm.running_mean, norm.running_var
+
+
+def affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Scale and shift of a batch norm in evaluation mode, in float64, one a channel."""
+    weight, bias, mean, var = (None if t is None else t.double() for t in norm_tensors(norm))
+    scale = torch.rsqrt(var + norm.eps)
+    if weight is not None:
+        scale = scale * weight
+    shift = -mean * scale
+    return scale, shift if bias is None else shift + bias
+
+
+class LeanBatchNorm:
+    """Mixin for batch norm: part of the convolution before it, or a scale and a shift."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See :class:`torch.nn.BatchNorm2d`; shapes as there."""
+        conv = self.__dict__.get('_protune_conv')
+        if conv is not None and conv.__dict__.get('_protune_folds', False):
+            return x
+        if not is_frozen(self) or self.running_mean is None:
+            return super().forward(x)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        scale, shift = derived(self, wide, norm_tensors(self), lambda: cast(wide, *affine(self)))
+        column = (-1, *[1] * (x.dim() - 2))
+        # Only the scale is kept: nobody asks for its gradient, so the input is not needed.
+        return torch.addcmul(shift.view(column), x.to(wide), scale.view(column)).to(x.dtype)
+
+
+CHEAP = 200
+"""Multiplications for each number rebuilt that ``prefer='time'`` allows."""
+
+
+def pays(module: nn.Module, recipe: Recipe, tensors: list[Tensor]) -> bool:
+    """Whether to rebuild tensors rather than keep them.
+
+    Args:
+        module: the lean layer that would keep them.
+        recipe: how to rebuild them.
+        tensors: what it makes.
+    """
+    numbers = sum(t.numel() for t in tensors)
+    if recipe.kept >= sum(t.numel() * t.element_size() for t in tensors):
+        return False
+    return module._protune_lean.prefer == 'memory' or recipe.cost <= CHEAP * numbers
+
+
+class LeanActivation:
+    """Mixin for activations with two constant slopes: keeps a mask."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the stock activation."""
+        if not keeps(x) or tracing():
+            return super().forward(x)
+        passes, slopes = GATES[stock_type(self)]
+        return Gate.apply(
+            x,
+            super().forward,
+            lambda given: passes(self, given),
+            slopes(self),
+            bool(getattr(self, 'inplace', False)),
+            self._protune_lean.prefer == 'memory',
+        )
+
+
+# PyTorch's hard sigmoid has the factor in float32, whatever the dtype.
+_SIXTH = torch.tensor(1 / 6, dtype=torch.float32).item()
+GATES: dict[type, tuple[Callable, Callable]] = {
+    nn.ReLU: (lambda m, x: x > 0, lambda m: (1.0, 0.0)),
+    nn.ReLU6: (lambda m, x: (x > 0) & (x < 6), lambda m: (1.0, 0.0)),
+    nn.Hardtanh: (lambda m, x: (x > m.min_val) & (x < m.max_val), lambda m: (1.0, 0.0)),
+    nn.LeakyReLU: (lambda m, x: x > 0, lambda m: (1.0, m.negative_slope)),
+    nn.Hardsigmoid: (lambda m, x: (x > -3) & (x < 3), lambda m: (_SIXTH, 0.0)),
+}
+"""Type of an activation to: where its input is on the inner part; the slopes inside and outside.
+
+Hard-swish is missing because its inner part is a parabola: its gradient needs the input.
+"""
+
+
+def linear(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Apply a frozen linear layer that casts its weights once and whose output can be rebuilt.
+
+    Args:
+        module: who keeps the cast weights.
+        x: (..., C_in).
+        weight: (C_out, C_in).
+        bias: (C_out), or None.
+    """
+    dtype = compute_dtype(x)
+    if weight.dtype != dtype:
+        stock = (weight, bias)
+        weight, bias = derived(module, dtype, stock, lambda: cast(dtype, *stock))
+    with without_autocast(x):
+        out = F.linear(x.to(dtype), weight, bias)
+    if not keeps(x) or tracing():
+        return out
+    before = recipe_of(x)
+    base = None if before else x.detach()
+
+    def make() -> list[Tensor]:
+        source = before.take(0) if before else base
+        return [F.linear(source.to(dtype), weight, bias)]
+
+    kept = before.kept if before else x.numel() * x.element_size()
+    cost = out.numel() * weight.shape[1] + (before.cost if before else 0)
+    return attach(out, Recipe(make, kept, cost))
+
+
+class LeanLinear:
+    """Mixin for :class:`torch.nn.Linear`: weights cast once; its output can be rebuilt."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See :class:`torch.nn.Linear`; shapes as there."""
+        if not is_frozen(self) or x.numel() == 0:
+            return super().forward(x)
+        return linear(self, x, self.weight, self.bias)
+
+
+def widens(x: Tensor) -> bool:
+    """Whether autocast runs a normalization of ``x`` in float32; on the CPU it does not."""
+    kind = x.device.type
+    small = x.dtype in (torch.float16, torch.bfloat16)
+    return small and kind != 'cpu' and torch.is_autocast_enabled(kind)
+
+
+def layer_norm(module: nn.Module, x: Tensor) -> Tensor:
+    """Apply a frozen layer norm that keeps its input in the input's own dtype."""
+    shape, weight, bias, eps = module.normalized_shape, module.weight, module.bias, module.eps
+    wide = torch.float32 if widens(x) else x.dtype
+    if wide != x.dtype:
+        out = FrozenNorm.apply(x, weight, bias, 0, shape, eps)
+    else:
+        out = F.layer_norm(x, shape, weight, bias, eps)
+    base = x.detach()
+    # The norm keeps its input whatever becomes of its output: the recipe keeps nothing more.
+    return attach(
+        out, Recipe(lambda: [F.layer_norm(base.to(wide), shape, weight, bias, eps)], 0, x.numel())
+    )
+
+
+class LeanLayerNorm:
+    """Mixin for :class:`torch.nn.LayerNorm`: keeps its input in the input's own dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See :class:`torch.nn.LayerNorm`; shapes as there."""
+        if not is_frozen(self) or not keeps(x) or tracing():
+            return super().forward(x)
+        return layer_norm(self, x)
+
+
+class LeanLayerNorm2d:
+    """Mixin for mmpretrain's ``LayerNorm2d``: as :class:`LeanLayerNorm`, on maps."""
+
+    def forward(self, x: Tensor, data_format: str = 'channel_first') -> Tensor:
+        """See mmpretrain's ``LayerNorm2d``; shapes as there."""
+        if not is_frozen(self) or not keeps(x) or tracing() or data_format != 'channel_last':
+            return super().forward(x, data_format)
+        return layer_norm(self, x)
+
+
+class LeanGroupNorm:
+    """Mixin for :class:`torch.nn.GroupNorm`: keeps its input in the input's own dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See :class:`torch.nn.GroupNorm`; shapes as there."""
+        if not is_frozen(self) or not keeps(x) or not widens(x) or tracing():
+            return super().forward(x)
+        return FrozenNorm.apply(x, self.weight, self.bias, self.num_groups, (), self.eps)
+
+
+class LeanSmooth:
+    """Mixin for GELU, SiLU and the like, which need their input: rebuilds it where it can."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the stock activation."""
+        recipe = recipe_of(x) if keeps(x) and not tracing() else None
+        if recipe is None or getattr(self, 'inplace', False) or not pays(self, recipe, [x]):
+            return super().forward(x)
+        with Rebuilding(recipe) as saved:
+            out = super().forward(x)
+            saved.let_go(x)
+        return out
