@@ -55,7 +55,8 @@ def test_the_backbone_row_of_the_document_works(monkeypatch):
     stock = MODELS.build(dict(type=kind, **config))
     stock.eval()
     stock.requires_grad_(False)
-    tuned = MODELS.build(dict(type='protune_mm.ProTuned', base=kind, **config)).eval()
+    tuned = dict(type='protune_mm.ProTuned', base=kind, lean=False, **config)
+    tuned = MODELS.build(tuned).eval()
     tuned.load_state_dict(stock.state_dict())
     for a, b in zip(flat(stock(image())), flat(tuned(image())), strict=True):
         assert torch.equal(a, b)

@@ -54,8 +54,10 @@ train_dataloader = dict(
         pipeline=[
             dict(type='LoadImageFromFile'),
             dict(type='LoadAnnotations'),
-            dict(type='Resize', scale=scale, keep_ratio=True),
+            dict(type='RandomResize', scale=scale, ratio_range=(0.75, 1.5), keep_ratio=True),
+            dict(type='RandomCrop', crop_size=(180, 240), cat_max_ratio=0.75),
             dict(type='RandomFlip', prob=0.5),
+            dict(type='PhotoMetricDistortion'),
             dict(type='PackSegInputs'),
         ],
         **common,
@@ -84,7 +86,7 @@ test_dataloader = dict(
 val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
 test_evaluator = val_evaluator
 
-train_cfg = dict(max_epochs=30, **_base_.short_train_cfg)
+train_cfg = dict(max_epochs=40, **_base_.short_train_cfg)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 optim_wrapper = _base_.short_optim_wrapper

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -34,7 +35,7 @@ class _Storages(TorchDispatchMode):
         return out
 
 
-def kept_bytes(module: nn.Module, *inputs: Tensor) -> int:
+def kept_bytes(forward: Callable[..., Any], *inputs: Any) -> int:
     """Bytes that one forward pass leaves alive for its backward pass.
 
     Every storage that the forward pass made and that is alive once its outputs and temporaries
@@ -42,17 +43,18 @@ def kept_bytes(module: nn.Module, *inputs: Tensor) -> int:
     inputs and values that an earlier pass made (folded weights) do not.
 
     Args:
-        module: in the mode in which it is to be measured.
-        *inputs: of the forward pass.
+        forward: a module, in the mode in which it is to be measured, or any function that returns
+            tensors, or lists or dicts of them. It runs twice.
+        *inputs: handed to ``forward``.
 
     Returns:
         int: bytes.
     """
-    module(*inputs)  # Values that are made once are made here.
+    forward(*inputs)  # Values that are made once are made here.
     with _Storages() as storages:
         # The node of a view holds the graph behind it, but no data; the Python object of a node of
         # our own would not hold it.
-        outputs = [leaf for leaf in tree_leaves(module(*inputs)) if is_tensor(leaf)]
+        outputs = [leaf for leaf in tree_leaves(forward(*inputs)) if is_tensor(leaf)]
         nodes = [out.view_as(out).grad_fn for out in outputs]
         del outputs
     alive = storages.alive()

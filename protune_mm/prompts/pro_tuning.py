@@ -7,8 +7,9 @@ from mmcv.cnn import build_activation_layer, build_norm_layer
 from mmengine.model import BaseModule, kaiming_init
 from torch import Tensor, nn
 
-from ..lean.layers import keeps, tracing
+from ..lean.layers import compute_dtype, keeps, tracing, without_autocast
 from ..lean.rebuild import Rebuilding, Recipe
+from ..ops.depthwise import depthwise
 from ..registry import PROMPTS
 
 
@@ -77,7 +78,7 @@ class ProTuningBlock(BaseModule):
         self.down = nn.Conv2d(channels, hidden, 1, bias=bias)
         self.norm1 = build_norm_layer(norm_cfg, hidden)[1] if norm_cfg else nn.Identity()
         self.act1 = build_activation_layer(act_cfg) if act_cfg else nn.Identity()
-        self.spatial = nn.Conv2d(
+        self.spatial = (DepthwiseConv2d if depthwise else nn.Conv2d)(
             hidden,
             hidden,
             kernel_size,
@@ -138,6 +139,22 @@ class ProTuningBlock(BaseModule):
             out = conv(active)
             saved.let_go(active)
         return out
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """Depth-wise convolution that runs :func:`protune_mm.ops.depthwise.depthwise`.
+
+    Shape: ``(B, C, H, W) -> (B, C, H, W)``.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        if not x.is_cuda:
+            return super().forward(x)
+        dtype = compute_dtype(x)
+        cast = (None if t is None else t.to(dtype) for t in (x, self.weight, self.bias))
+        with without_autocast(x):
+            return depthwise(*cast)
 
 
 REBUILDABLE = (nn.Identity, nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.GroupNorm, nn.LayerNorm)

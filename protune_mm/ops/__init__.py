@@ -1,0 +1,1 @@
+"""Operations of the prompt block with kernels of their own."""
