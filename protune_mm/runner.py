@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from mmengine.model import MMDistributedDataParallel, is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from .config import is_protuned, resolve
 from .frozen import backbones
@@ -79,9 +81,42 @@ class ProTuneRunner(Runner):
             optim_wrapper = wrap_constructor(optim_wrapper)
         return super().build_optim_wrapper(optim_wrapper)
 
+    def train(self) -> nn.Module:
+        """Train; ``activation_checkpointing`` of the config is done without reentrant autograd.
+
+        mmengine's own is reentrant: a region whose input needs no gradient, a frozen stem and a
+        prompt, say, would get none, with only a warning.
+        """
+        names = self.cfg.get('activation_checkpointing', None)
+        if names is None:
+            return super().train()
+        model = self.model.module if is_model_wrapper(self.model) else self.model
+        for name in [names] if isinstance(names, str) else names:
+            checkpoint_activations(model.get_submodule(name))
+        self.cfg.activation_checkpointing = None
+        try:
+            return super().train()
+        finally:
+            self.cfg.activation_checkpointing = names
+
     def register_hooks(self, default_hooks: Any = None, custom_hooks: Any = None) -> None:
         """Register the config's hooks, and the guard where the config does not name it."""
         super().register_hooks(default_hooks, custom_hooks)
         guarded = any(isinstance(hook, FrozenGuardHook) for hook in self.hooks)
         if backbones(self.model) and not guarded:
             self.register_hook(FrozenGuardHook())
+
+
+def checkpoint_activations(module: nn.Module) -> None:
+    """Make a module compute its activations again in backward instead of keeping them.
+
+    Args:
+        module: changed in place; arguments and results of its ``forward`` stay as they are.
+    """
+    forward = module.forward
+
+    @functools.wraps(forward)
+    def checkpointed(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    module.forward = checkpointed

@@ -135,7 +135,7 @@ class LeanWindowMSA:
             return super().forward(x, mask)
         count, tokens, channels = x.shape
         heads = self.num_heads
-        source = _window_source.get()
+        source = None if tracing() else _window_source.get()
         if source is not None and recipe_of(x) is None:
             attach(x, source)
 

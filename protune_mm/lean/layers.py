@@ -59,9 +59,10 @@ def derived(module: nn.Module, key: object, sources: tuple, make: Callable[[], A
         sources: the tensors it follows from; None is allowed.
         make: computes it.
     """
+    if tracing():
+        return make()
     tensors = [t for t in sources if t is not None]
-    plain = all(type(t) in (Tensor, nn.Parameter) and not t.is_inference() for t in tensors)
-    if tracing() or not plain:
+    if not all(type(t) in (Tensor, nn.Parameter) and not t.is_inference() for t in tensors):
         return make()
     stamp = [(t.data_ptr(), t._version, t.dtype, t.device) for t in tensors]
     cache = module.__dict__.setdefault('_protune_cache', {})
