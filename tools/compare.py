@@ -136,36 +136,62 @@ def read(results: Path) -> list:
 
 
 def table(rows: list) -> str:
-    """The document: one table a config, with the commands and what they ran on."""
+    """The document: a summary, then one table a config, with the commands and what they ran on."""
     text = ['# Real runs: head-only, Pro-tuned and full fine-tuning', '']
     text += [
         'Real images and real ImageNet weights, same steps, seed and data for each policy. The',
-        'checkpoint is picked on the validation split and scored on the test split. Drawn by',
-        '`tools/compare.py` from `results.jsonl`, which also holds every validation curve.',
+        'checkpoint is picked on the validation split and scored on the test split, and so is the',
+        'learning rate where several were run. Drawn by `tools/compare.py` from `results.jsonl`,',
+        'which also holds every validation curve.',
         '',
+        '| test (validation) | ' + ' | '.join(TITLES[policy] for policy in ORDER) + ' |',
+        '|---' * (len(ORDER) + 1) + '|',
     ]
-    for config in dict.fromkeys(row['config'] for row in rows):
+    configs = list(dict.fromkeys(row['config'] for row in rows))
+    for config in configs:
+        cells = [picked(rows, config, policy) for policy in ORDER]
+        shown = [f'{row["test"]:.4g} ({row["val"]:.4g})' if row else 'not run' for row in cells]
+        text.append(f'| {config}, {metric_of(rows, config)} | ' + ' | '.join(shown) + ' |')
+    text.append('')
+    for config in configs:
         mine = [row for row in rows if row['config'] == config]
-        text += [f'## {config}', '', f'Metric: {mine[0]["metric"]}.', '']
+        text += [f'## {config}', '', f'Metric: {metric_of(rows, config)}.', '']
         text += [
-            '| policy | seed | test | val (epoch / of) | val, last third | prompts | trained |'
+            '| policy | options | seed | test | val (epoch / of) | val, last third | prompts '
+            '| trained | picked |',
+            '|---' * 9 + '|',
         ]
-        text += ['|---|---|---|---|---|---|---|']
-        for row in sorted(mine, key=lambda r: (ORDER.index(r['policy']), r['seed'])):
+        for row in sorted(mine, key=lambda r: (ORDER.index(r['policy']), r['seed'], options_of(r))):
             curve = row['val_curve']
             third = len(curve) * 2 // 3
             gain = max(curve[third:]) - max(curve[:third] or curve)
             n = row['parameters']
+            chosen = 'yes' if row is picked(rows, config, row['policy']) else ''
             text.append(
-                f'| {TITLES[row["policy"]]} | {row["seed"]} | **{row["test"]:.4g}** '
+                f'| {TITLES[row["policy"]]} | {options_of(row)} | {row["seed"]} '
+                f'| **{row["test"]:.4g}** '
                 f'| {row["val"]:.4g} ({row["best_epoch"]} / {row["epochs"]}) | {gain:+.3g} '
-                f'| {n["prompts"]:,} | {n["trained"]:,} |'
+                f'| {n["prompts"]:,} | {n["trained"]:,} | {chosen} |'
             )
         text += ['', '```', *dict.fromkeys(row['command'] for row in mine), '```', '']
     versions = ', '.join(f'{k} {v}' for k, v in rows[-1]['versions'].items())
     text += ['"val, last third": what the last third of the epochs added to the best score before.']
     text += ['', f'Run on CPU ({rows[-1]["threads"]} threads a run), with {versions}.', '']
     return '\n'.join(text)
+
+
+def metric_of(rows: list, config: str) -> str:
+    return next(row['metric'] for row in rows if row['config'] == config)
+
+
+def options_of(row: dict) -> str:
+    return ', '.join(option.split('.')[-1] for option in row.get('options', ()))
+
+
+def picked(rows: list, config: str, policy: str) -> dict | None:
+    """The run of a policy with the best validation score."""
+    mine = [row for row in rows if (row['config'], row['policy']) == (config, policy)]
+    return max(mine, key=lambda row: row['val'], default=None)
 
 
 if __name__ == '__main__':

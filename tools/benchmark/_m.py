@@ -1,0 +1,116 @@
+"""Bytes that training keeps for backward, and multiplications of a step: exact on any machine.
+
+    python tools/benchmark/memory.py
+
+Writes docs/benchmark/memory.json and memory.md.
+"""
+
+from __future__ import annotations
+
+import torch
+from cases import (
+    BACKBONES,
+    BASELINE,
+    DETECTORS,
+    LORA_ROW,
+    ROWS,
+    SEGMENTORS,
+    arguments,
+    backbone,
+    # check_tests,
+    loss_of,
+    quiet,
+    whole_model,
+    write,
+)
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+
+from protune_mm.lean.memory import kept_bytes
+
+SIZE = (256, 256)
+MIB = 2**20
+ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop(
+        q, k, v
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, q, k, v, *_, **__: sdpa_backward_flop(grad, q, k, v)
+    ),
+}
+"""PyTorch's counter does not know its fused attention on the CPU."""
+
+
+def main() -> None:
+    args = arguments(__doc__.split('\n')[0]).parse_args()
+    # check_tests('tests/test_lean.py')
+    quiet()
+    rows = []
+    for name in BACKBONES:
+        if not args.cases or name in args.cases:
+            for row in (*ROWS, LORA_ROW):
+                module = backbone(name, row)
+                if module is not None:
+                    image = torch.randn(1, 3, *SIZE, generator=torch.Generator().manual_seed(0))
+                    rows.append(measure(name, row, module, lambda m=module, x=image: m(x)))
+    for name in (*DETECTORS, *SEGMENTORS):
+        if not args.cases or name in args.cases:
+            for row in ROWS:
+                model = whole_model(name, row)
+                rows.append(measure(name, row, model, loss_of(name, model, SIZE, 2)))
+    write(args.out, 'memory', rows, table(rows), 'cpu')
+
+
+def measure(name: str, row: str, model: torch.nn.Module, forward: object) -> dict:
+    """One line of the table."""
+    kept = kept_bytes(forward)
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
+        outputs = forward()
+        flat = outputs if isinstance(outputs, list | tuple) else [outputs]
+        tracked = [out for out in flat if out.requires_grad]
+        if tracked:
+            sum(out.sum() for out in tracked).backward()
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    found = dict(
+        case=name,
+        row=row,
+        kept_bytes=kept,
+        flops=counter.get_total_flops(),
+        trainable=trainable,
+    )
+    print(f'{name}, {row}: {kept / MIB:.2f} MiB, {found["flops"] / 1e9:.2f} GFLOP', flush=True)
+    return found
+
+
+def table(rows: list[dict]) -> str:
+    """The document."""
+    text = [
+        '# Memory that training keeps for backward',
+        '',
+        'Bytes of all storages that a forward pass makes and that are alive when its outputs and',
+        'temporaries are gone, without parameters, buffers, inputs and folded weights: exact, and',
+        'the same on every machine. FLOP: forward and backward of one step, as PyTorch counts them',
+        '(two a multiplication), so that recomputation shows. fp32, prompts of ratio 4 after every',
+        f'stage. Backbones alone: one image of {SIZE[0]}x{SIZE[1]}; whole models: two of them, to',
+        'the losses. "head-only" of a backbone alone trains nothing.',
+        '',
+        '    python tools/benchmark/memory.py',
+        '',
+    ]
+    for case in dict.fromkeys(row['case'] for row in rows):
+        mine = [row for row in rows if row['case'] == case]
+        base = next(row for row in mine if row['row'] == BASELINE)
+        text += [f'## {case}', '', '| | MiB kept | of lean off | GFLOP | of lean off | trained |']
+        text += ['|---|---|---|---|---|---|']
+        text += [
+            f'| {row["row"]} | {row["kept_bytes"] / MIB:.2f} '
+            f'| {row["kept_bytes"] / base["kept_bytes"]:.3f} '
+            f'| {row["flops"] / 1e9:.2f} | {row["flops"] / base["flops"]:.3f} '
+            f'| {row["trainable"]:,} |'
+            for row in mine
+        ]
+        text.append('')
+    return '\n'.join(text)
+
+
+if __name__ == '__main__':
+    main()

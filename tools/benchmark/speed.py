@@ -1,0 +1,160 @@
+"""Step time and peak memory of each way to train, rows alternating within one run.
+
+    python tools/benchmark/speed.py
+    python tools/benchmark/speed.py --device cuda --models --amp
+
+Writes docs/benchmark/speed.json and speed.md (speed_cuda with a GPU).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from cases import (
+    BACKBONES,
+    BASELINE,
+    DETECTORS,
+    LORA_ROW,
+    ROWS,
+    SEGMENTORS,
+    arguments,
+    backbone,
+    check_tests,
+    loss_of,
+    quiet,
+    whole_model,
+    write,
+)
+
+SIZES = {**dict.fromkeys(DETECTORS, (800, 1333)), **dict.fromkeys(SEGMENTORS, (512, 512))}
+"""Height and width of the images of whole models, in pixels, as their stock configs have them."""
+
+
+def main() -> None:
+    parser = arguments(__doc__.split('\n')[0])
+    parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'])
+    parser.add_argument('--rounds', type=int, default=9, help='steps of each row')
+    parser.add_argument('--batch', type=int, help='default: 1 for backbones, 2 for models')
+    parser.add_argument('--models', action='store_true', help='whole models too: for GPUs')
+    parser.add_argument('--amp', action='store_true', help='autocast to bfloat16')
+    args = parser.parse_args()
+    check_tests('tests/test_lean.py')
+    quiet()
+    names = [*BACKBONES, *(SIZES if args.models else ())]
+    rows = []
+    for name in names:
+        if not args.cases or name in args.cases:
+            rows += measure(name, args)
+    out = 'speed' if args.device == 'cpu' else f'speed_{args.device}'
+    write(args.out, out, rows, table(rows, args), args.device)
+
+
+def measure(name: str, args: object) -> list[dict]:
+    """Time every row of one model, one step each in turn."""
+    steps: dict[str, Callable[[], None]] = {}
+    for row in (*ROWS, *([LORA_ROW] if name in BACKBONES else [])):
+        step = prepare(name, row, args)
+        if step is not None:
+            steps[row] = step
+    times: dict[str, list[float]] = {row: [] for row in steps}
+    peaks: dict[str, int] = {}
+    for number in range(args.rounds + 2):
+        for row, step in steps.items():
+            seconds, peaks[row] = timed(step, args.device)
+            if number >= 2:  # The first steps allocate and, on a GPU, choose kernels.
+                times[row].append(seconds)
+    base = statistics.median(times[BASELINE])
+    rows = []
+    for row in steps:
+        median = statistics.median(times[row])
+        rows.append(
+            dict(case=name, row=row, median_s=median, ratio=median / base, peak_bytes=peaks[row],
+                 fastest_ratio=min(times[row]) / min(times[BASELINE]))
+        )  # fmt: skip
+        print(f'{name}, {row}: {median / base:.3f} of lean off, {median * 1e3:.1f} ms', flush=True)
+    return rows
+
+
+def prepare(name: str, row: str, args: object) -> Callable[[], None] | None:
+    """A function that does one step: forward, backward, and SGD without momentum."""
+    if name in BACKBONES:
+        model = backbone(name, row)
+        if model is None or row == 'head-only':
+            return None  # Nothing of a backbone alone trains.
+        model.to(args.device)
+        generator = torch.Generator().manual_seed(0)
+        image = torch.randn(args.batch or 1, 3, 256, 256, generator=generator).to(args.device)
+
+        def forward() -> list[torch.Tensor]:
+            out = model(image)
+            return list(out) if isinstance(out, list | tuple) else [out]
+    else:
+        model = whole_model(name, row).to(args.device)
+        forward = loss_of(name, model, SIZES[name], args.batch or 2)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-6)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        amp = torch.autocast(args.device, torch.bfloat16) if args.amp else contextlib.nullcontext()
+        with amp:
+            loss = sum(out.float().sum() for out in forward() if out.requires_grad)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def timed(step: Callable[[], None], device: str) -> tuple[float, int]:
+    """Seconds of a step and, on a GPU, the bytes that it had allocated at most."""
+    if device == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before = torch.cuda.memory_allocated()
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3, torch.cuda.max_memory_allocated() - before
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start, 0
+
+
+def table(rows: list[dict], args: object) -> str:
+    """The document."""
+    text = [
+        '# Time of a training step',
+        '',
+        'Forward, backward and SGD; rows alternate, one step each in turn; medians as a ratio to',
+        '"lean off" of the same run, and the ratio of the fastest steps. Peak memory (GPU only) is',
+        'what a step allocates beyond weights and optimizer.',
+        '',
+        f'    python tools/benchmark/speed.py --device {args.device} --rounds {args.rounds}'
+        + (' --models' if args.models else '')
+        + (' --amp' if args.amp else ''),
+        '',
+    ]
+    for case in dict.fromkeys(row['case'] for row in rows):
+        text += [f'## {case}', '', '| | ratio | fastest | ms | peak MiB |', '|---|---|---|---|---|']
+        text += [
+            f'| {row["row"]} | **{row["ratio"]:.2f}** | {row["fastest_ratio"]:.2f} '
+            f'| {row["median_s"] * 1e3:.1f} '
+            f'| {peak(row)} |'
+            for row in rows
+            if row['case'] == case
+        ]
+        text.append('')
+    return '\n'.join(text)
+
+
+def peak(row: dict) -> str:
+    """Peak memory in MiB; the CPU's allocator does not tell."""
+    return f'{row["peak_bytes"] / 2**20:.0f}' if row['peak_bytes'] else 'not measured'
+
+
+if __name__ == '__main__':
+    main()
