@@ -50,6 +50,7 @@ def test_export_and_trace(library, family, how):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # float32
 
 
+@pytest.mark.filterwarnings('ignore')  # PyTorch's exporter uses what PyTorch deprecates.
 def test_onnx(tmp_path):
     onnxruntime = pytest.importorskip('onnxruntime', reason='onnxruntime is not installed')
     pytest.importorskip('onnxscript', reason='onnxscript is not installed')
