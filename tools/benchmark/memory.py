@@ -42,7 +42,7 @@ ATTENTION = {
 
 def main() -> None:
     args = arguments(__doc__.split('\n')[0]).parse_args()
-    # check_tests('tests/test_lean.py')
+    check_tests('tests/test_lean.py')
     quiet()
     rows = []
     for name in BACKBONES:
