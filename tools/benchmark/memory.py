@@ -17,6 +17,7 @@ from cases import (
     SEGMENTORS,
     arguments,
     backbone,
+    check_tests,
     # check_tests,
     loss_of,
     quiet,
