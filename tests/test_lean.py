@@ -10,7 +10,7 @@ from torch import nn
 
 import protune_mm
 from protune_mm.lean import LeanOptions, lean_form, make_lean, masks
-from protune_mm.lean.memory import kept_bytes
+from protune_mm.lean.memory import Storages, kept_bytes
 from tests.conftest import EXAMPLES, build_protuned, flat, image, move_prompts
 
 MODES = ('memory', 'time')
@@ -453,3 +453,22 @@ def test_shared_and_branching_convolutions_are_not_folded():
 def test_bad_options(lean, message):
     with pytest.raises(ValueError, match=message):
         protune_mm.protune(nn.Conv2d(3, 3, 1), stages=['x'], lean=lean)
+
+
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize(('library', 'family'), EXAMPLES)
+def test_all_memory_is_free_after_a_step_without_the_garbage_collector(library, family, mode):
+    import gc
+
+    backbone, x = trained_like(library, family, mode), image(1, 64, 64)
+    flat(backbone(x))  # Values that are made once are made here.
+    gc.collect()
+    gc.disable()
+    try:
+        with Storages() as storages:
+            sum(o.square().sum() for o in flat(backbone(x))).backward()
+            flat(backbone(x))  # A graph that is dropped without a backward pass.
+        backbone.zero_grad()
+        assert storages.alive() == 0
+    finally:
+        gc.enable()

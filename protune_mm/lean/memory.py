@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class _Storages(TorchDispatchMode):
+class Storages(TorchDispatchMode):
     """Weak references to every storage that operations make."""
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ def kept_bytes(forward: Callable[..., Any], *inputs: Any) -> int:
         int: bytes.
     """
     forward(*inputs)  # Values that are made once are made here.
-    with _Storages() as storages:
+    with Storages() as storages:
         # The node of a view holds the graph behind it, but no data; the Python object of a node of
         # our own would not hold it.
         outputs = [leaf for leaf in tree_leaves(forward(*inputs)) if is_tensor(leaf)]

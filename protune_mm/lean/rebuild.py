@@ -96,6 +96,8 @@ class Rebuilding:
     def __exit__(self, *error: object) -> None:
         self._hooks.__exit__(*error)
         self._saved.clear()
+        # The hooks hold this object: break the circle, so that memory is freed at once.
+        del self._hooks, self.recipe
 
     def _save(self, tensor: Tensor) -> _Saved:
         saved = _Saved(tensor.detach())
