@@ -2,8 +2,8 @@
 
     python tools/benchmark/ops.py
 
-Writes docs/benchmark/ops.json and ops.md, and protune_mm/ops/depthwise.json, from which the
-prompt block takes the faster of the two for this GPU, dtype and layout.
+Writes docs/benchmark/ops.json and ops.md, and depthwise.json beside protune_mm/ops/depthwise.py,
+from which the prompt block takes the faster of the two for this GPU, dtype and layout.
 """
 
 from __future__ import annotations
