@@ -48,6 +48,9 @@ def keeps(x: Tensor) -> bool:
     return x.requires_grad and torch.is_grad_enabled()
 
 
+_PLAIN = (Tensor, nn.Parameter)
+
+
 def derived(module: nn.Module, key: object, sources: tuple, make: Callable[[], Any]) -> Any:
     """A value that follows from parameters, made again whenever one of them has changed.
 
@@ -56,15 +59,18 @@ def derived(module: nn.Module, key: object, sources: tuple, make: Callable[[], A
     Args:
         module: who keeps the value.
         key: which value.
-        sources: the tensors it follows from; None is allowed.
+        sources: the tensors it follows from, of one device; None is allowed but for the first.
         make: computes it.
     """
     if tracing():
         return make()
-    tensors = [t for t in sources if t is not None]
-    if not all(type(t) in (Tensor, nn.Parameter) and not t.is_inference() for t in tensors):
-        return make()
-    stamp = [(t.data_ptr(), t._version, t.dtype, t.device) for t in tensors]
+    stamp = [sources[0].dtype, sources[0].device]
+    for tensor in sources:
+        if tensor is None:
+            continue
+        if type(tensor) not in _PLAIN or tensor.is_inference():
+            return make()
+        stamp += (tensor.data_ptr(), tensor._version)
     cache = module.__dict__.setdefault('_protune_cache', {})
     if key in cache and cache[key][0] == stamp:
         return cache[key][1]
@@ -156,13 +162,13 @@ def cast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple:
 
 
 def norm_tensors(norm: nn.Module) -> tuple:
-    """All tensors that the result of an evaluation-mode batch norm follows from."""
-    return norm.weight, norm.bias, norm.running_mean, norm.running_var
+    """Mean, variance, weight and bias: what an evaluation-mode batch norm follows from."""
+    return norm.running_mean, norm.running_var, norm.weight, norm.bias
 
 
 def affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Scale and shift of a batch norm in evaluation mode, in float64, one a channel."""
-    weight, bias, mean, var = (None if t is None else t.double() for t in norm_tensors(norm))
+    mean, var, weight, bias = (None if t is None else t.double() for t in norm_tensors(norm))
     scale = torch.rsqrt(var + norm.eps)
     if weight is not None:
         scale = scale * weight
@@ -187,7 +193,7 @@ class LeanBatchNorm:
         return torch.addcmul(shift.view(column), x.to(wide), scale.view(column)).to(x.dtype)
 
 
-CHEAP = 200
+CHEAP = 150
 """Multiplications for each number rebuilt that ``prefer='time'`` allows."""
 
 
