@@ -17,7 +17,7 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from .lean import LeanOptions, forget
+from .lean import LeanOptions, forget, link
 from .subclass import add_mixin, stock_type
 from .weights import LoadRecord
 
@@ -65,6 +65,8 @@ class ProTunedBackbone:
         """Run the stock backbone; the first call says loudly when it has no weights."""
         if not self._protune.loads.checked:
             check_weights(self)
+        if '_protune_pairs' in self.__dict__ and '_protune_linked' not in self.__dict__:
+            link(self)
         return super().forward(*args, **kwargs)
 
     def train(self, mode: bool = True) -> nn.Module:

@@ -91,12 +91,13 @@ def protune(
     sites = _sites(module, options) if policy == 'prompts' else []
     # Everything that can fail on bad input is done before the module is touched.
     prompts = [_build_prompt(site, options.prompt) for site in sites]
+    likes = [_home(module.get_submodule(site.block)) for site in sites]
     if lean_as is not None:
         # Before the prompts: a prompted layer runs its lean form, then its prompt.
         make_lean(module, lean_as, {module.get_submodule(site.block) for site in sites})
-    for site, block in zip(sites, prompts, strict=True):
+    for site, block, home in zip(sites, prompts, likes, strict=True):
         block.lean = lean_as is not None
-        _attach(module, site, block)
+        _attach(module, site, block.to(**home))
     freeze(module, options, weights_given)
     return module
 
@@ -144,11 +145,16 @@ def _build_prompt(site: Site, config: dict) -> nn.Module:
         raise ValueError(f"prompt of stage '{site.name}': {error}") from error
 
 
+def _home(block: nn.Module) -> dict:
+    """Device and dtype of a block's weights, for its prompt."""
+    like = next(block.parameters(), None)
+    if like is None:
+        return {}
+    return dict(device=like.device, dtype=like.dtype if like.is_floating_point() else None)
+
+
 def _attach(module: nn.Module, site: Site, prompt: nn.Module) -> None:
     block = module.get_submodule(site.block)
-    like = next(block.parameters(), None)
-    if like is not None:
-        prompt.to(device=like.device, dtype=like.dtype if like.is_floating_point() else None)
     add_mixin(block, PromptedBlock)
     block.prompt = prompt
     block._protune_site = site

@@ -71,13 +71,14 @@ def run_on_ghost(
     Raises:
         ValueError: the backbone cannot run on such an image.
     """
-    modes = {m: m.training for m in module.modules()}
+    # A backbone may keep what it computed, a grid say, which would be fake.
+    before = {m: dict(m.__dict__) for m in module.modules()}
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     state = itertools.chain(module.named_parameters(), module.named_buffers())
     # On the CPU, whatever the device of the weights: fake CUDA tensors need a CUDA device.
     ghost = {name: fake.from_tensor(t.detach().to('meta')).to('cpu') for name, t in state}
     try:
-        for m in modes:
+        for m in before:
             m.training = False
         with fake, torch.no_grad(), watch or contextlib.nullcontext():
             return functional_call(module, ghost, (torch.empty(1, 3, *size),))
@@ -87,8 +88,9 @@ def run_on_ghost(
             f'shapes of its stages cannot be found: {error}'
         ) from error
     finally:
-        for m, mode in modes.items():
-            m.training = mode
+        for m, attributes in before.items():
+            m.__dict__.clear()
+            m.__dict__.update(attributes)
 
 
 def probe_channels(module: nn.Module, sites: list[Site]) -> dict[str, int]:

@@ -45,6 +45,16 @@ def _subclass(mixin: type, stock: type) -> type:
     return _subclasses[key]
 
 
+DERIVED = (
+    '_protune_cache',
+    '_protune_norm',
+    '_protune_conv',
+    '_protune_folds',
+    '_protune_linked',
+)
+"""Attributes of lean layers that a copy makes anew."""
+
+
 def _reduce(self: nn.Module) -> tuple:
     cls = type(self)
     mixins = []
@@ -53,8 +63,7 @@ def _reduce(self: nn.Module) -> tuple:
         cls = cls._protune_stock
     # object.__getstate__ exists from Python 3.11 on.
     state = self.__getstate__() if hasattr(self, '__getstate__') else self.__dict__
-    # Derived values of lean layers are made anew.
-    state = {key: value for key, value in state.items() if key != '_protune_cache'}
+    state = {key: value for key, value in state.items() if key not in DERIVED}
     return _rebuild, (cls, tuple(reversed(mixins))), state
 
 

@@ -4,7 +4,7 @@ PyTorch's layers keep what the gradient of their weights would need, although fr
 none. The layers here keep only what the gradient of their input needs, and compute the same.
 """
 
-from .apply import lean_form, lean_options, make_lean
+from .apply import lean_form, lean_options, link, make_lean
 from .layers import LeanOptions, forget
 
-__all__ = ['LeanOptions', 'forget', 'lean_form', 'lean_options', 'make_lean']
+__all__ = ['LeanOptions', 'forget', 'lean_form', 'lean_options', 'link', 'make_lean']

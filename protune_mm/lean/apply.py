@@ -126,12 +126,27 @@ def make_lean(
         module._protune_lean = options
         if options.dtype and form in (LeanConv2d, LeanLinear):
             module.to(getattr(torch, options.dtype))
-    for conv, norm in pairs:
-        # Past __setattr__, which would register a submodule and change names.
-        conv.__dict__['_protune_norm'] = norm
-        norm.__dict__['_protune_conv'] = conv
+    names = {module: name for name, module in backbone.named_modules()}
+    backbone.__dict__['_protune_pairs'] = [(names[conv], names[norm]) for conv, norm in pairs]
+    link(backbone)
     if options.channels_last:
         backbone.to(memory_format=torch.channels_last)
+
+
+def link(backbone: nn.Module) -> None:
+    """Tell each convolution which batch norm it computes along with itself, and the other way.
+
+    Copies of a backbone have no such links, because a copy of one layer alone must not have them;
+    a copy links itself at its first forward pass.
+    """
+    for conv_name, norm_name in backbone.__dict__['_protune_pairs']:
+        conv, norm = backbone.get_submodule(conv_name), backbone.get_submodule(norm_name)
+        parent, _, name = norm_name.rpartition('.')
+        if isinstance(conv, LeanConv2d) and isinstance(norm, LeanBatchNorm):
+            # Past __setattr__, which would register a submodule and change names.
+            conv.__dict__['_protune_norm'] = (norm, backbone.get_submodule(parent), name)
+            norm.__dict__['_protune_conv'] = conv
+    backbone.__dict__['_protune_linked'] = True
 
 
 def foldable(backbone: nn.Module) -> list[tuple[nn.Module, nn.Module]]:

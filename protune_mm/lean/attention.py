@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .layers import CHEAP, derived, is_frozen, keeps, linear, pays, tracing, without_autocast
-from .rebuild import Rebuilding, Recipe, attach, recipe_of
+from .rebuild import Kept, Rebuilding, Recipe, attach, recipe_of
 
 Split = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
@@ -48,8 +48,8 @@ def attend(
         return run(q, k, v, bias)
     if not pays(module, recipe, [q, k, v]):
         # Queries, keys and values are kept; the output and the mask follow from them.
-        base = qkv.detach()
-        recipe = Recipe(lambda: [base], 0, 0)
+        base = Kept(qkv)
+        recipe = Recipe(lambda: [base.get()], 0, 0)
     # The output costs another 2 N multiplications a number: little for windows.
     tokens, channels = q.shape[2], q.shape[1] * q.shape[3]
     limit = channels // 2 if module._protune_lean.prefer == 'memory' else 0
@@ -98,10 +98,10 @@ class LeanShiftWindowMSA:
         if not keeps(query) or tracing():
             return super().forward(query, hw_shape)
         before, size = recipe_of(query), query.numel()
-        base = None if before else query.detach()
+        base = None if before else Kept(query)
 
         def make() -> list[Tensor]:
-            return [self._windows(before.take(0) if before else base, hw_shape)]
+            return [self._windows(before.take(0) if before else base.get(), hw_shape)]
 
         kept = before.kept if before else size * query.element_size()
         token = _window_source.set(Recipe(make, kept, size + (before.cost if before else 0)))

@@ -123,6 +123,7 @@ class FrozenNorm(torch.autograd.Function):
     ) -> Tensor:
         """See :func:`torch.nn.functional.layer_norm`, or ``group_norm`` where ``groups``."""
         wide = x.float()
+        weight, bias = (None if t is None else t.float() for t in (weight, bias))
         if groups:
             n, c = x.shape[:2]
             rest = x.numel() // (n * c)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ..subclass import stock_type
 from .functions import FrozenConv2d, FrozenNorm, Gate
-from .rebuild import Rebuilding, Recipe, attach, recipe_of
+from .rebuild import Kept, Rebuilding, Recipe, attach, recipe_of
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,10 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
 
 def is_frozen(module: nn.Module) -> bool:
     """Whether no parameter of a layer itself is trained, and it is in evaluation mode."""
-    return not module.training and not any(
-        p is not None and p.requires_grad for p in module._parameters.values()
+    return (
+        not module.training
+        and 'parametrizations' not in module._modules
+        and not any(p is not None and p.requires_grad for p in module._parameters.values())
     )
 
 
@@ -114,15 +116,22 @@ class LeanConv2d:
 
     def forward(self, x: Tensor) -> Tensor:
         """See :class:`torch.nn.Conv2d`; shapes as there."""
-        lean = is_frozen(self) and x.numel() > 0
-        norm = self.__dict__.get('_protune_norm')
-        if norm is not None:
-            if not (lean and is_frozen(norm)):
+        lean = is_frozen(self) and x.numel() > 0 and x.dim() == 4
+        norm = None
+        if '_protune_norm' in self.__dict__:
+            norm, parent, name = self.__dict__['_protune_norm']
+            # Somebody may have put another layer in its place.
+            if not (lean and is_frozen(norm) and parent._modules.get(name) is norm):
                 norm = None
-            # The norm asks whether it has been computed already.
             self.__dict__['_protune_folds'] = norm is not None
         if not lean:
             return super().forward(x)
+        out = self._lean_forward(x, norm)
+        if norm is not None and not tracing():
+            out._protune_normed_by = id(norm)  # So that the norm knows it has been computed.
+        return out
+
+    def _lean_forward(self, x: Tensor, norm: nn.Module | None) -> Tensor:
         dtype = compute_dtype(x)
         weight, bias = self._lean_weights(norm, dtype)
         padding = self.padding
@@ -182,8 +191,10 @@ class LeanBatchNorm:
     def forward(self, x: Tensor) -> Tensor:
         """See :class:`torch.nn.BatchNorm2d`; shapes as there."""
         conv = self.__dict__.get('_protune_conv')
-        if conv is not None and conv.__dict__.get('_protune_folds', False):
-            return x
+        if conv is not None:
+            folded = conv.__dict__.get('_protune_folds', False)
+            if folded and (tracing() or getattr(x, '_protune_normed_by', None) == id(self)):
+                return x
         if not is_frozen(self) or self.running_mean is None:
             return super().forward(x)
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -232,9 +243,9 @@ class LeanActivation:
 # PyTorch's hard sigmoid has the factor in float32, whatever the dtype.
 _SIXTH = torch.tensor(1 / 6, dtype=torch.float32).item()
 GATES: dict[type, tuple[Callable, Callable]] = {
-    nn.ReLU: (lambda m, x: x > 0, lambda m: (1.0, 0.0)),
-    nn.ReLU6: (lambda m, x: (x > 0) & (x < 6), lambda m: (1.0, 0.0)),
-    nn.Hardtanh: (lambda m, x: (x > m.min_val) & (x < m.max_val), lambda m: (1.0, 0.0)),
+    nn.ReLU: (lambda m, x: ~(x <= 0), lambda m: (1.0, 0.0)),
+    nn.ReLU6: (lambda m, x: ~((x <= 0) | (x >= 6)), lambda m: (1.0, 0.0)),
+    nn.Hardtanh: (lambda m, x: ~((x <= m.min_val) | (x >= m.max_val)), lambda m: (1.0, 0.0)),
     nn.LeakyReLU: (lambda m, x: x > 0, lambda m: (1.0, m.negative_slope)),
     nn.Hardsigmoid: (lambda m, x: (x > -3) & (x < 3), lambda m: (_SIXTH, 0.0)),
 }
@@ -262,10 +273,10 @@ def linear(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) ->
     if not keeps(x) or tracing():
         return out
     before = recipe_of(x)
-    base = None if before else x.detach()
+    base = None if before else Kept(x)
 
     def make() -> list[Tensor]:
-        source = before.take(0) if before else base
+        source = before.take(0) if before else base.get()
         return [F.linear(source.to(dtype), weight, bias)]
 
     kept = before.kept if before else x.numel() * x.element_size()
@@ -298,10 +309,11 @@ def layer_norm(module: nn.Module, x: Tensor) -> Tensor:
         out = FrozenNorm.apply(x, weight, bias, 0, shape, eps)
     else:
         out = F.layer_norm(x, shape, weight, bias, eps)
-    base = x.detach()
+    base = Kept(x)
     # The norm keeps its input whatever becomes of its output: the recipe keeps nothing more.
     return attach(
-        out, Recipe(lambda: [F.layer_norm(base.to(wide), shape, weight, bias, eps)], 0, x.numel())
+        out,
+        Recipe(lambda: [F.layer_norm(base.get().to(wide), shape, weight, bias, eps)], 0, x.numel()),
     )
 
 

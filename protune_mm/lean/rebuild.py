@@ -7,10 +7,40 @@ backward formulas stay PyTorch's.
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+
+class Kept:
+    """A tensor that a recipe starts from; it must not change before backward.
+
+    Args:
+        tensor: kept without its graph.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor.detach()
+        self._version = tensor._version
+
+    def get(self) -> Tensor:
+        """Return the tensor.
+
+        Raises:
+            RuntimeError: it was changed in place since.
+        """
+        if self._tensor._version != self._version:
+            raise RuntimeError(CHANGED)
+        return self._tensor
+
+
+CHANGED = (
+    'a tensor needed for gradient computation has been modified by an inplace operation '
+    'after a lean layer read it: change it out of place, or use lean=False'
+)
 
 
 class Recipe:
@@ -31,21 +61,47 @@ class Recipe:
     def take(self, index: int) -> Tensor:
         """Return tensor ``index``; all are made at once, each is kept until it is taken."""
         if index not in self._made:
-            with torch.no_grad():
+            off = (torch.autocast(kind, enabled=False) for kind in ('cpu', 'cuda'))
+            with torch.no_grad(), next(off), next(off):
                 self._made = dict(enumerate(self.make()))
         return self._made.pop(index)
 
 
+_latest = threading.local()
+"""The tensor that a lean layer returned last in this thread, and its recipe.
+
+Not an attribute of the tensor: the graph keeps those alive as long as the tensor itself.
+"""
+
+
 def attach(tensor: Tensor, recipe: Recipe) -> Tensor:
-    """Note on a tensor how to compute it again; lost by every operation on it."""
-    tensor._protune_recipe = (recipe, tensor._version)
+    """Note how to compute a tensor again, for the layer that reads it next."""
+
+    def forget(gone: weakref.ref) -> None:
+        if getattr(_latest, 'slot', (None,))[0] is gone:
+            del _latest.slot
+
+    _latest.slot = (weakref.ref(tensor, forget), tensor._version, recipe)
     return tensor
 
 
 def recipe_of(tensor: Tensor) -> Recipe | None:
-    """The recipe of a tensor; None if it has none or was changed in place since."""
-    recipe, version = getattr(tensor, '_protune_recipe', (None, None))
-    return recipe if recipe is not None and version == tensor._version else None
+    """The recipe of a tensor; None if it has none, is not the latest, or was changed since."""
+    ref, version, recipe = getattr(_latest, 'slot', (None, None, None))
+    if ref is None or ref() is not tensor or version != tensor._version or hooked():
+        return None
+    return recipe
+
+
+def hooked() -> bool:
+    """Whether somebody else, activation checkpointing say, takes what is saved for backward.
+
+    Then nothing is rebuilt: our hooks would keep from theirs what is saved within.
+    """
+    return _top_hooks is not None and _top_hooks(True) is not None
+
+
+_top_hooks = getattr(torch._C._autograd, '_top_saved_tensors_default_hooks', None)
 
 
 class _Saved:
@@ -53,6 +109,7 @@ class _Saved:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor: Tensor | None = tensor
+        self.version = tensor._version
         self.shape, self.stride = tensor.shape, tensor.stride()
 
     def rebuild(self, recipe: Recipe, index: int, like: Tensor) -> None:
@@ -63,6 +120,8 @@ class _Saved:
 
     def load(self) -> Tensor:
         if self.tensor is not None:
+            if self.tensor._version != self.version:
+                raise RuntimeError(CHANGED)
             return self.tensor
         made = self.recipe.take(self.index)
         if made.stride() != self.made_stride:

@@ -8,7 +8,7 @@ from mmengine.model import BaseModule, kaiming_init
 from torch import Tensor, nn
 
 from ..lean.layers import compute_dtype, keeps, tracing, without_autocast
-from ..lean.rebuild import Rebuilding, Recipe
+from ..lean.rebuild import Kept, Rebuilding, Recipe, hooked
 from ..ops.depthwise import depthwise
 from ..registry import PROMPTS
 
@@ -129,7 +129,7 @@ class ProTuningBlock(BaseModule):
         The input of the normalization is all that is kept: what follows from it is cheap to
         compute again in backward.
         """
-        if not (self.lean and keeps(x)) or tracing():
+        if not (self.lean and keeps(x)) or tracing() or hooked():
             return conv(act(norm(x)))
         normed, from_norm = apply_rebuildable(norm, x, None)
         active, from_act = apply_rebuildable(act, normed, from_norm)
@@ -181,12 +181,12 @@ def apply_rebuildable(
         return x, recipe
     if type(layer) not in REBUILDABLE or getattr(layer, 'inplace', False):
         return layer(x), None
-    base = x.detach() if recipe is None else None
+    base = Kept(x) if recipe is None else None
     kind, enabled = x.device.type, torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(kind)
 
     def make() -> list[Tensor]:
-        source = base if recipe is None else recipe.take(0)
+        source = base.get() if recipe is None else recipe.take(0)
         with torch.autocast(kind, dtype=dtype, enabled=enabled):
             return [layer(source)]
 
