@@ -58,7 +58,7 @@ def main() -> None:
             for row in ROWS:
                 model = whole_model(name, row)
                 rows.append(measure(name, row, model, loss_of(name, model, SIZE, 2)))
-    write(args.out, 'memory', rows, table(rows), 'cpu')
+    write(args.out, 'memory', rows, table(rows, args.cases), 'cpu')
 
 
 def measure(name: str, row: str, model: torch.nn.Module, forward: object) -> dict:
@@ -82,8 +82,9 @@ def measure(name: str, row: str, model: torch.nn.Module, forward: object) -> dic
     return found
 
 
-def table(rows: list[dict]) -> str:
+def table(rows: list[dict], cases: list[str] | None) -> str:
     """The document."""
+    chosen = ' --cases ' + ' '.join(f'"{case}"' for case in cases) if cases else ''
     text = [
         '# Memory that training keeps for backward',
         '',
@@ -94,7 +95,7 @@ def table(rows: list[dict]) -> str:
         f'stage. Backbones alone: one image of {SIZE[0]}x{SIZE[1]}; whole models: two of them, to',
         'the losses. "head-only" of a backbone alone trains nothing.',
         '',
-        '    python tools/benchmark/memory.py',
+        f'    python tools/benchmark/memory.py{chosen}',
         '',
     ]
     for case in dict.fromkeys(row['case'] for row in rows):
