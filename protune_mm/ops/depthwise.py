@@ -140,11 +140,12 @@ def _correlate(x: Tensor, weight: Tensor, bias: Tensor | None, flip: bool) -> Te
     batch, channels, height, width = x.shape
     pixels, block = _blocks(x)
     grid = (triton.cdiv(height * width, pixels), triton.cdiv(channels, block), batch)
-    _correlate_kernel[grid](
-        x, weight.contiguous(), bias if bias is not None else weight, out,
-        channels, height, width, *x.stride(),
-        FLIP=flip, BIAS=bias is not None, PIXELS=pixels, CHANNELS=block,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):  # Triton launches on the current device.
+        _correlate_kernel[grid](
+            x, weight.contiguous(), bias if bias is not None else weight, out,
+            channels, height, width, *x.stride(),
+            FLIP=flip, BIAS=bias is not None, PIXELS=pixels, CHANNELS=block,
+        )  # fmt: skip
     return out
 
 
@@ -156,10 +157,11 @@ def _weight_sums(x: Tensor, grad: Tensor) -> Tensor:
     # Enough programs to fill a GPU; each sums some tiles of an image in a fixed order.
     splits = max(1, min(tiles, 512 // (batch * triton.cdiv(channels, block))))
     partial = x.new_empty((batch, splits, channels, 32), dtype=torch.float32)
-    _weight_kernel[(splits, triton.cdiv(channels, block), batch)](
-        x, grad, partial, channels, height, width, *x.stride(), tiles,
-        SPLITS=splits, PIXELS=pixels, CHANNELS=block,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _weight_kernel[(splits, triton.cdiv(channels, block), batch)](
+            x, grad, partial, channels, height, width, *x.stride(), tiles,
+            SPLITS=splits, PIXELS=pixels, CHANNELS=block,
+        )  # fmt: skip
     return partial.sum((0, 1))
 
 
