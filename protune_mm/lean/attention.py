@@ -13,13 +13,11 @@ from torch.nn import functional as F
 from .layers import CHEAP, derived, is_frozen, keeps, linear, pays, tracing, without_autocast
 from .rebuild import Kept, Rebuilding, Recipe, attach, recipe_of
 
-Split = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
-
 
 def attend(
     module: nn.Module,
     qkv: Tensor,
-    split: Split,
+    heads: int,
     mask: Callable[[Tensor], Tensor] | None = None,
     scale: float | None = None,
 ) -> Tensor:
@@ -27,15 +25,25 @@ def attend(
 
     Args:
         module: the attention layer, lean.
-        qkv: the projected queries, keys and values, as :func:`protune_mm.lean.layers.linear`
-            returns them.
-        split: ``qkv`` to q, k and v, each (B, heads, N, D).
+        qkv: the projected queries, keys and values, (B, N, 3 * heads * D), as
+            :func:`protune_mm.lean.layers.linear` returns them.
+        heads: number of heads.
         mask: makes the additive mask, (B, heads, N, N), from q.
         scale: factor on the logits. Default ``1 / sqrt(D)``.
 
     Returns:
-        Tensor: (B, heads, N, D).
+        Tensor: (B, N, heads * D).
     """
+
+    batch, tokens, width = qkv.shape
+    channels = width // 3
+
+    def split(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        parts = qkv.reshape(batch, tokens, 3, heads, channels // heads)
+        return parts.permute(2, 0, 3, 1, 4).unbind(0)
+
+    def merge(out: Tensor) -> Tensor:
+        return out.transpose(1, 2).reshape(batch, tokens, channels)
 
     def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         with without_autocast(q):
@@ -45,13 +53,12 @@ def attend(
     bias = mask(q) if mask else None
     recipe = recipe_of(qkv) if keeps(qkv) and not tracing() else None
     if recipe is None:
-        return run(q, k, v, bias)
+        return merge(run(q, k, v, bias))
     if not pays(module, recipe, [q, k, v]):
         # Queries, keys and values are kept; the output and the mask follow from them.
         base = Kept(qkv)
         recipe = Recipe(lambda: [base.get()], 0, 0)
     # The output costs another 2 N multiplications a number: little for windows.
-    tokens, channels = q.shape[2], q.shape[1] * q.shape[3]
     limit = channels // 2 if module._protune_lean.prefer == 'memory' else 0
     again = 2 * tokens <= max(CHEAP, limit)
 
@@ -64,7 +71,7 @@ def attend(
     with Rebuilding(Recipe(make, recipe.kept, recipe.cost)) as saved:
         out = run(q, k, v, bias)
         saved.let_go(q, k, v, bias, *([out] if again else []))
-    return out
+    return merge(out)
 
 
 class LeanMultiheadAttention:
@@ -75,14 +82,7 @@ class LeanMultiheadAttention:
         fused = self.scaled_dot_product_attention is F.scaled_dot_product_attention
         if not fused or self.training or not is_frozen(self.qkv) or self.v_shortcut:
             return super().forward(x)
-        batch, tokens, _ = x.shape
-
-        def split(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            shape = (batch, tokens, 3, self.num_heads, self.head_dims)
-            return qkv.reshape(shape).permute(2, 0, 3, 1, 4).unbind(0)
-
-        out = attend(self, self.qkv(x), split)
-        out = out.transpose(1, 2).reshape(batch, tokens, self.embed_dims)
+        out = attend(self, self.qkv(x), self.num_heads)
         return self.out_drop(self.gamma1(self.proj_drop(self.proj(out))))
 
 
@@ -133,15 +133,10 @@ class LeanWindowMSA:
         """See the stock layer; ``(windows * B, N, C) -> (windows * B, N, C)``."""
         if self.training or not is_frozen(self) or not is_frozen(self.qkv):
             return super().forward(x, mask)
-        count, tokens, channels = x.shape
-        heads = self.num_heads
+        count, tokens, _ = x.shape
         source = None if tracing() else _window_source.get()
         if source is not None and recipe_of(x) is None:
             attach(x, source)
-
-        def split(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            shape = (count, tokens, 3, heads, channels // heads)
-            return qkv.reshape(shape).permute(2, 0, 3, 1, 4).unbind(0)
 
         def bias_like(q: Tensor) -> Tensor:
             bias = derived(
@@ -156,8 +151,8 @@ class LeanWindowMSA:
             both = bias + mask.to(q.dtype).unsqueeze(1)
             return both.repeat(count // mask.shape[0], 1, 1, 1)
 
-        out = attend(self, self.qkv(x), split, bias_like, self.scale)
-        return self.proj_drop(self.proj(out.transpose(1, 2).reshape(count, tokens, channels)))
+        out = attend(self, self.qkv(x), self.num_heads, bias_like, self.scale)
+        return self.proj_drop(self.proj(out))
 
     def _position_bias(self, tokens: int) -> Tensor:
         rows = self.relative_position_bias_table.detach()[self.relative_position_index.view(-1)]
@@ -191,15 +186,8 @@ class LeanTorchAttention:
         )
         if not plain:
             return super().forward(query, key, value, identity, *args, **kwargs)
-        batch, tokens, channels = query.shape
-        heads = attn.num_heads
-
-        def split(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            shape = (batch, tokens, 3, heads, channels // heads)
-            return qkv.reshape(shape).permute(2, 0, 3, 1, 4).unbind(0)
-
         qkv = linear(attn, query, attn.in_proj_weight, attn.in_proj_bias)
-        out = attend(self, qkv, split).transpose(1, 2).reshape(batch, tokens, channels)
+        out = attend(self, qkv, attn.num_heads)
         out = linear(attn.out_proj, out, attn.out_proj.weight, attn.out_proj.bias)
         identity = query if identity is None else identity
         return identity + self.dropout_layer(self.proj_drop(out))

@@ -18,7 +18,6 @@ from cases import (
     arguments,
     backbone,
     check_tests,
-    # check_tests,
     loss_of,
     quiet,
     whole_model,
