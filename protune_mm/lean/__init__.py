@@ -5,6 +5,7 @@ none. The layers here keep only what the gradient of their input needs, and comp
 """
 
 from .apply import lean_form, lean_options, link, make_lean
-from .layers import LeanOptions, forget
+from .derived import forget
+from .layers import LeanOptions
 
 __all__ = ['LeanOptions', 'forget', 'lean_form', 'lean_options', 'link', 'make_lean']

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..probe import run_on_ghost
 from ..subclass import add_mixin, stock_type
+from .activations import GATES, LeanActivation, LeanSmooth
 from .attention import (
     LeanMultiheadAttention,
     LeanShiftWindowMSA,
@@ -21,8 +22,6 @@ from .attention import (
     LeanWindowMSA,
 )
 from .layers import (
-    GATES,
-    LeanActivation,
     LeanBatchNorm,
     LeanConv2d,
     LeanGroupNorm,
@@ -30,7 +29,6 @@ from .layers import (
     LeanLayerNorm2d,
     LeanLinear,
     LeanOptions,
-    LeanSmooth,
 )
 
 TORCH: dict[type, type] = {

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .layers import CHEAP, derived, is_frozen, keeps, linear, pays, tracing, without_autocast
+from .derived import derived, tracing
+from .layers import CHEAP, is_frozen, keeps, linear, pays, without_autocast
 from .rebuild import Kept, Rebuilding, Recipe, attach, recipe_of
 
 

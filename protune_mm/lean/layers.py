@@ -8,17 +8,15 @@ evaluation mode runs as stock.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..subclass import stock_type
-from .functions import FrozenConv2d, FrozenNorm, Gate
-from .rebuild import Kept, Rebuilding, Recipe, attach, recipe_of
+from .derived import cast, derived, tracing
+from .functions import FrozenConv2d, FrozenNorm
+from .rebuild import Kept, Recipe, attach, recipe_of
 
 
 @dataclass(frozen=True)
@@ -38,53 +36,9 @@ class LeanOptions:
     channels_last: bool = False
 
 
-def tracing() -> bool:
-    """Whether PyTorch is compiling, exporting or tracing: then nothing is cached or rebuilt."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
-
-
 def keeps(x: Tensor) -> bool:
     """Whether an operation on ``x`` keeps tensors for backward."""
     return x.requires_grad and torch.is_grad_enabled()
-
-
-_PLAIN = (Tensor, nn.Parameter)
-
-
-def derived(module: nn.Module, key: object, sources: tuple, make: Callable[[], Any]) -> Any:
-    """A value that follows from parameters, made again whenever one of them has changed.
-
-    Never saved: it is no buffer, and is dropped by deepcopy and pickle.
-
-    Args:
-        module: who keeps the value.
-        key: which value.
-        sources: the tensors it follows from, of one device; None is allowed but for the first.
-        make: computes it.
-    """
-    if tracing():
-        return make()
-    stamp = [sources[0].dtype, sources[0].device]
-    for tensor in sources:
-        if tensor is None:
-            continue
-        if type(tensor) not in _PLAIN or tensor.is_inference():
-            return make()
-        stamp += (tensor.data_ptr(), tensor._version)
-    cache = module.__dict__.setdefault('_protune_cache', {})
-    if key in cache and cache[key][0] == stamp:
-        return cache[key][1]
-    # A tensor made in inference mode could not be kept for backward later.
-    with torch.inference_mode(False), torch.no_grad():
-        value = make()
-    cache[key] = (stamp, value)
-    return value
-
-
-def forget(module: nn.Module) -> None:
-    """Drop all derived values below a module: the next forward pass makes them anew."""
-    for child in module.modules():
-        child.__dict__.pop('_protune_cache', None)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -165,11 +119,6 @@ class LeanConv2d:
         return derived(self, ('fold', dtype), sources, fold)
 
 
-def cast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple:
-    """The tensors in another dtype, without a graph."""
-    return tuple(None if t is None else t.detach().to(dtype) for t in tensors)
-
-
 def norm_tensors(norm: nn.Module) -> tuple:
     """Mean, variance, weight and bias: what an evaluation-mode batch norm follows from."""
     return norm.running_mean, norm.running_var, norm.weight, norm.bias
@@ -220,39 +169,6 @@ def pays(module: nn.Module, recipe: Recipe, tensors: list[Tensor]) -> bool:
     if recipe.kept >= sum(t.numel() * t.element_size() for t in tensors):
         return False
     return module._protune_lean.prefer == 'memory' or recipe.cost <= CHEAP * numbers
-
-
-class LeanActivation:
-    """Mixin for activations with two constant slopes: keeps a mask."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """See the stock activation."""
-        if not keeps(x) or tracing():
-            return super().forward(x)
-        passes, slopes = GATES[stock_type(self)]
-        return Gate.apply(
-            x,
-            super().forward,
-            lambda given: passes(self, given),
-            slopes(self),
-            bool(getattr(self, 'inplace', False)),
-            self._protune_lean.prefer == 'memory',
-        )
-
-
-# PyTorch's hard sigmoid has the factor in float32, whatever the dtype.
-_SIXTH = torch.tensor(1 / 6, dtype=torch.float32).item()
-GATES: dict[type, tuple[Callable, Callable]] = {
-    nn.ReLU: (lambda m, x: ~(x <= 0), lambda m: (1.0, 0.0)),
-    nn.ReLU6: (lambda m, x: ~((x <= 0) | (x >= 6)), lambda m: (1.0, 0.0)),
-    nn.Hardtanh: (lambda m, x: ~((x <= m.min_val) | (x >= m.max_val)), lambda m: (1.0, 0.0)),
-    nn.LeakyReLU: (lambda m, x: x > 0, lambda m: (1.0, m.negative_slope)),
-    nn.Hardsigmoid: (lambda m, x: (x > -3) & (x < 3), lambda m: (_SIXTH, 0.0)),
-}
-"""Type of an activation to: where its input is on the inner part; the slopes inside and outside.
-
-Hard-swish is missing because its inner part is a parabola: its gradient needs the input.
-"""
 
 
 def linear(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -345,17 +261,3 @@ class LeanGroupNorm:
         if not is_frozen(self) or not keeps(x) or not widens(x) or tracing():
             return super().forward(x)
         return FrozenNorm.apply(x, self.weight, self.bias, self.num_groups, (), self.eps)
-
-
-class LeanSmooth:
-    """Mixin for GELU, SiLU and the like, which need their input: rebuilds it where it can."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """See the stock activation."""
-        recipe = recipe_of(x) if keeps(x) and not tracing() else None
-        if recipe is None or getattr(self, 'inplace', False) or not pays(self, recipe, [x]):
-            return super().forward(x)
-        with Rebuilding(recipe) as saved:
-            out = super().forward(x)
-            saved.let_go(x)
-        return out

@@ -7,7 +7,8 @@ from mmcv.cnn import build_activation_layer, build_norm_layer
 from mmengine.model import BaseModule, kaiming_init
 from torch import Tensor, nn
 
-from ..lean.layers import compute_dtype, keeps, tracing, without_autocast
+from ..lean.derived import tracing
+from ..lean.layers import compute_dtype, keeps, without_autocast
 from ..lean.rebuild import Kept, Rebuilding, Recipe, hooked
 from ..ops.depthwise import depthwise
 from ..registry import PROMPTS

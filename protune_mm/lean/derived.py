@@ -1,0 +1,58 @@
+"""Values that follow from parameters: folded and cast weights, made once and never saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def tracing() -> bool:
+    """Whether PyTorch is compiling, exporting or tracing: then nothing is cached or rebuilt."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def derived(module: nn.Module, key: object, sources: tuple, make: Callable[[], Any]) -> Any:
+    """A value that follows from parameters, made again whenever one of them has changed.
+
+    Never saved: it is no buffer, and is dropped by deepcopy and pickle.
+
+    Args:
+        module: who keeps the value.
+        key: which value.
+        sources: the tensors it follows from, of one device; None is allowed but for the first.
+        make: computes it.
+    """
+    if tracing():
+        return make()
+    stamp = [sources[0].dtype, sources[0].device]
+    for tensor in sources:
+        if tensor is None:
+            continue
+        if type(tensor) not in _PLAIN or tensor.is_inference():
+            return make()
+        stamp += (tensor.data_ptr(), tensor._version)
+    cache = module.__dict__.setdefault('_protune_cache', {})
+    if key in cache and cache[key][0] == stamp:
+        return cache[key][1]
+    # A tensor made in inference mode could not be kept for backward later.
+    with torch.inference_mode(False), torch.no_grad():
+        value = make()
+    cache[key] = (stamp, value)
+    return value
+
+
+def forget(module: nn.Module) -> None:
+    """Drop all derived values below a module: the next forward pass makes them anew."""
+    for child in module.modules():
+        child.__dict__.pop('_protune_cache', None)
+
+
+def cast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple:
+    """The tensors in another dtype, without a graph."""
+    return tuple(None if t is None else t.detach().to(dtype) for t in tensors)
