@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from ..subclass import stock_type
 from .derived import tracing
 from .functions import Gate
 from .layers import keeps, pays
+from .masks import Tests
 from .rebuild import Rebuilding, recipe_of
 
 
@@ -21,27 +23,49 @@ class LeanActivation:
         """See the stock activation."""
         if not keeps(x) or tracing():
             return super().forward(x)
-        passes, slopes = GATES[stock_type(self)]
+        gate = GATES[stock_type(self)]
         return Gate.apply(
             x,
             super().forward,
-            lambda given: passes(self, given),
-            slopes(self),
+            gate.tests(self),
+            gate.of_output,
+            gate.slopes(self),
             bool(getattr(self, 'inplace', False)),
             self._protune_lean.prefer == 'memory',
         )
 
 
+@dataclass(frozen=True)
+class Slopes:
+    """Two constant slopes of an activation, and where each holds.
+
+    Attributes:
+        tests: comparisons, by name, that hold on the inner part only; from the layer.
+        of_output: they are of the output, not of the input.
+        slopes: inside and outside; from the layer.
+    """
+
+    tests: Callable[[nn.Module], Tests]
+    of_output: bool = False
+    slopes: Callable[[nn.Module], tuple[float, float]] = lambda layer: (1.0, 0.0)
+
+
 # PyTorch's hard sigmoid has the factor in float32, whatever the dtype.
 _SIXTH = torch.tensor(1 / 6, dtype=torch.float32).item()
-GATES: dict[type, tuple[Callable, Callable]] = {
-    nn.ReLU: (lambda m, x: ~(x <= 0), lambda m: (1.0, 0.0)),
-    nn.ReLU6: (lambda m, x: ~((x <= 0) | (x >= 6)), lambda m: (1.0, 0.0)),
-    nn.Hardtanh: (lambda m, x: ~((x <= m.min_val) | (x >= m.max_val)), lambda m: (1.0, 0.0)),
-    nn.LeakyReLU: (lambda m, x: x > 0, lambda m: (1.0, m.negative_slope)),
-    nn.Hardsigmoid: (lambda m, x: (x > -3) & (x < 3), lambda m: (_SIXTH, 0.0)),
+# A clamped number differs from both limits exactly where the input lies between them. NaN differs
+# from everything: its gradient passes, as PyTorch's does.
+GATES: dict[type, Slopes] = {
+    nn.ReLU: Slopes(lambda m: (('not_equal', 0),), of_output=True),
+    nn.ReLU6: Slopes(lambda m: (('not_equal', 0), ('not_equal', 6)), of_output=True),
+    nn.Hardtanh: Slopes(
+        lambda m: (('not_equal', m.min_val), ('not_equal', m.max_val)), of_output=True
+    ),
+    nn.LeakyReLU: Slopes(lambda m: (('greater', 0),), slopes=lambda m: (1.0, m.negative_slope)),
+    nn.Hardsigmoid: Slopes(
+        lambda m: (('greater', -3), ('less', 3)), slopes=lambda m: (_SIXTH, 0.0)
+    ),
 }
-"""Type of an activation to: where its input is on the inner part; the slopes inside and outside.
+"""Type of an activation to its slopes.
 
 Hard-swish is missing because its inner part is a parabola: its gradient needs the input.
 """

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .masks import MaskGradient, is_channels_last, pack
+from .masks import MaskGradient, Tests, apply_mask, is_channels_last, mask_of, pack
+
+
+_convolution_backward = torch.ops.aten.convolution_backward.default
 
 
 class FrozenConv2d(torch.autograd.Function):
@@ -25,16 +28,16 @@ class FrozenConv2d(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        stride: tuple,
-        padding: tuple,
-        dilation: tuple,
-        groups: int,
+        geometry: tuple[tuple, tuple, tuple, int],
     ) -> Tensor:
-        """See :func:`torch.nn.functional.conv2d`; all tensors are of one dtype."""
+        """See :func:`torch.nn.functional.conv2d`; all tensors are of one dtype.
+
+        ``geometry`` is its stride, padding, dilation and groups.
+        """
         ctx.save_for_backward(weight)
         ctx.shape = x.shape
-        ctx.geometry = (stride, padding, dilation, groups)
-        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        ctx.geometry = geometry
+        return F.conv2d(x, weight, bias, *geometry)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
@@ -47,21 +50,11 @@ class FrozenConv2d(torch.autograd.Function):
             shape_of_input = grad.new_empty(ctx.shape)
         else:
             shape_of_input = grad.new_empty(1).expand(ctx.shape)
-        wanted = (True, False, False)
-        grad_x, _, _ = torch.ops.aten.convolution_backward(
-            grad,
-            shape_of_input,
-            weight,
-            None,
-            stride,
-            padding,
-            dilation,
-            False,
-            [0] * len(stride),
-            groups,
-            wanted,
-        )
-        return grad_x, None, None, None, None, None, None
+        grad_x = _convolution_backward(
+            grad, shape_of_input, weight, None, stride, padding, dilation, False, (0, 0), groups,
+            (True, False, False),
+        )[0]  # fmt: skip
+        return grad_x, None, None, None
 
 
 class Gate(torch.autograd.Function):
@@ -75,7 +68,8 @@ class Gate(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         activation: Callable[[Tensor], Tensor],
-        inside: Callable[[Tensor], Tensor],
+        tests: Tests,
+        of_output: bool,
         slopes: tuple[float, float],
         inplace: bool,
         bits: bool,
@@ -85,13 +79,18 @@ class Gate(torch.autograd.Function):
         Args:
             x: any shape.
             activation: the function; changes ``x`` itself where ``inplace``.
-            inside: the mask of the interval, from ``x``.
+            tests: see :func:`protune_mm.lean.masks.mask_of`; they hold inside the interval.
+            of_output: the tests are of the output, not of ``x``.
             slopes: inside and outside the interval.
             inplace: see ``activation``.
             bits: keep a bit an element instead of a byte.
         """
-        mask = inside(x)
-        out = activation(x)
+        if of_output:
+            out = activation(x)
+            mask = mask_of(out, tests)
+        else:
+            mask = mask_of(x, tests)
+            out = activation(x)
         if inplace:
             ctx.mark_dirty(x)
         ctx.how = (slopes, is_channels_last(mask))
@@ -102,7 +101,8 @@ class Gate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple:
         """The gradient through the mask."""
         (mask,) = ctx.saved_tensors
-        return MaskGradient.apply(grad, mask, *ctx.how), None, None, None, None, None
+        through = MaskGradient.apply if torch.is_grad_enabled() else apply_mask
+        return through(grad, mask, *ctx.how), None, None, None, None, None, None
 
 
 class FrozenNorm(torch.autograd.Function):

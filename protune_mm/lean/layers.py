@@ -58,11 +58,12 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
 
 def is_frozen(module: nn.Module) -> bool:
     """Whether no parameter of a layer itself is trained, and it is in evaluation mode."""
-    return (
-        not module.training
-        and 'parametrizations' not in module._modules
-        and not any(p is not None and p.requires_grad for p in module._parameters.values())
-    )
+    if module.training or 'parametrizations' in module._modules:
+        return False
+    for parameter in module._parameters.values():  # A loop: this runs at every layer and step.
+        if parameter is not None and parameter.requires_grad:
+            return False
+    return True
 
 
 class LeanConv2d:
@@ -98,7 +99,7 @@ class LeanConv2d:
         with without_autocast(x):
             x = x.to(dtype)
             if keeps(x) and not tracing():
-                return FrozenConv2d.apply(x, weight, bias, *geometry)
+                return FrozenConv2d.apply(x, weight, bias, geometry)
             return F.conv2d(x, weight, bias, *geometry)
 
     def _lean_weights(self, norm: nn.Module | None, dtype: torch.dtype) -> tuple:
@@ -121,7 +122,13 @@ class LeanConv2d:
 
 def norm_tensors(norm: nn.Module) -> tuple:
     """Mean, variance, weight and bias: what an evaluation-mode batch norm follows from."""
-    return norm.running_mean, norm.running_var, norm.weight, norm.bias
+    weights, statistics = norm._parameters, norm._buffers  # Faster than attributes.
+    return (
+        statistics['running_mean'],
+        statistics['running_var'],
+        weights['weight'],
+        weights['bias'],
+    )
 
 
 def affine(norm: nn.Module) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ passes over the bytes of the mask, in plain PyTorch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,39 @@ _SPREAD = 0x0101010101010101
 _BIT_OF_BYTE = 0x8040201008040201 - (1 << 64)
 _LOWER_BITS = 0x7F7F7F7F7F7F7F7F
 _LOW_OF_BYTE = 0x0101010101010101
+
+
+Tests = Sequence[tuple[str, float]]
+
+
+def mask_of(x: Tensor, tests: Tests) -> Tensor:
+    """Where every one of some comparisons holds.
+
+    Args:
+        x: any shape, dense in memory.
+        tests: name of a comparison that PyTorch and NumPy have in common, and the number that
+            every element is compared with.
+
+    Returns:
+        Tensor: bool, of the shape and memory format of ``x``.
+    """
+    if type(x) is Tensor and x.device.type == 'cpu' and x.dtype in _COMPARED_BY_NUMPY:
+        # PyTorch's comparisons are not vectorized on the CPU: NumPy takes a fifth of the time.
+        mask = torch.empty_like(x, dtype=torch.bool)
+        numbers, out = x.detach().numpy(), mask.numpy()
+        (name, bound), *more = tests
+        getattr(np, name)(numbers, bound, out=out)
+        for name, bound in more:
+            out &= getattr(np, name)(numbers, bound)
+        return mask
+    (name, bound), *more = tests
+    mask = getattr(torch, name)(x, bound)
+    for name, bound in more:
+        mask &= getattr(torch, name)(x, bound)
+    return mask
+
+
+_COMPARED_BY_NUMPY = (torch.float32, torch.float64)
 
 
 def pack(mask: Tensor) -> Tensor:
