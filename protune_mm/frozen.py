@@ -17,7 +17,7 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from .lean import LeanOptions, forget, link
+from .lean import LeanOptions, forget, link, to_channels_last, to_stock, wants_channels_last
 from .subclass import add_mixin, stock_type
 from .weights import LoadRecord
 
@@ -41,11 +41,13 @@ class State:
         options: how it was Pro-tuned.
         loads: which frozen tensors have received weights.
         initialized: its prompts have been given their start by ``init_weights``.
+        contiguous: its forward cannot run on channels-last maps.
     """
 
     options: Options
     loads: LoadRecord = field(default_factory=LoadRecord)
     initialized: bool = False
+    contiguous: bool = False
 
 
 class PromptedBlock:
@@ -67,6 +69,22 @@ class ProTunedBackbone:
             check_weights(self)
         if '_protune_pairs' in self.__dict__ and '_protune_linked' not in self.__dict__:
             link(self)
+        state = self._protune
+        lean = None if state.contiguous else state.options.lean
+        if not (lean and args and wants_channels_last(lean.channels_last, args[0])):
+            return super().forward(*args, **kwargs)
+        try:
+            return to_stock(super().forward(to_channels_last(args[0]), *args[1:], **kwargs))
+        except RuntimeError as error:
+            if 'view size is not compatible' not in str(error):
+                raise
+            print_log(
+                f'{type(self).__name__} runs on contiguous maps from now on: its forward takes a '
+                '`view` of a map that only contiguous memory allows',
+                logger='current',
+            )
+            state.contiguous = True
+            self.to(memory_format=torch.contiguous_format)
         return super().forward(*args, **kwargs)
 
     def train(self, mode: bool = True) -> nn.Module:

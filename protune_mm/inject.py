@@ -52,7 +52,7 @@ def protune(
             or ``'mean'``, the mean of the patches' prompt.
         lean: frozen layers keep for backward only what their input's gradient needs. True or
             ``'memory'``: least memory; ``'time'``: least time; False: stock layers. Or any part
-            of ``dict(prefer='memory', dtype=None, channels_last=False)``, see
+            of ``dict(prefer='memory', dtype=None, channels_last=None)``, see
             :class:`protune_mm.lean.LeanOptions`.
         policy: ``'prompts'``; ``'head-only'``: freeze, no prompts; ``'full'``: leave the module
             as it is, for comparison.

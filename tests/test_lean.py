@@ -392,14 +392,6 @@ def test_weights_in_the_autocast_dtype():
     assert_same(exact, ([o.float() for o in outputs], grads), 0.06)
 
 
-def test_channels_last():
-    x = image()
-    plain, last = small(True), small(dict(channels_last=True))
-    outputs = flat(last(x))
-    assert all(o.is_contiguous(memory_format=torch.channels_last) for o in outputs)
-    assert_same(step(plain, x), step(last, x), 1e-5)  # float32
-
-
 @pytest.mark.parametrize(('library', 'family'), EXAMPLES)
 def test_inference_is_the_same_and_leaves_nothing_unusable(library, family):
     x = image()

@@ -30,6 +30,7 @@ from .layers import (
     LeanLinear,
     LeanOptions,
 )
+from .layout import NeedsContiguous, needs_contiguous
 
 TORCH: dict[type, type] = {
     nn.Conv2d: LeanConv2d,
@@ -66,7 +67,7 @@ def lean_options(lean: bool | str | dict) -> LeanOptions | None:
 
     Args:
         lean: False for stock layers; True or ``'memory'``, ``'time'``; or any part of
-            ``dict(prefer='memory', dtype=None, channels_last=False)``.
+            ``dict(prefer='memory', dtype=None, channels_last=None)``.
 
     Returns:
         LeanOptions, or None for stock layers.
@@ -87,6 +88,10 @@ def lean_options(lean: bool | str | dict) -> LeanOptions | None:
     if options.prefer not in PREFERENCES:
         raise ValueError(
             f'lean.prefer={options.prefer!r} is unknown: use one of {", ".join(PREFERENCES)}'
+        )
+    if options.channels_last not in (None, True, False):
+        raise ValueError(
+            f'lean.channels_last={options.channels_last!r} is unknown: use True, False or None'
         )
     if options.dtype not in (None, 'float16', 'bfloat16', 'float32'):
         raise ValueError(
@@ -116,7 +121,11 @@ def make_lean(
         prompted: blocks that are about to carry a prompt; nothing is folded across one.
     """
     pairs = [(conv, norm) for conv, norm in foldable(backbone) if conv not in prompted]
+    contiguous = set()
     for module in list(backbone.modules()):
+        if options.channels_last is not False and needs_contiguous(module):
+            add_mixin(module, NeedsContiguous)
+            contiguous.update(module.modules())
         form = lean_form(stock_type(module))
         if form is None or (form is LeanActivation and getattr(module, 'negative_slope', 0) < 0):
             continue
@@ -124,11 +133,11 @@ def make_lean(
         module._protune_lean = options
         if options.dtype and form in (LeanConv2d, LeanLinear):
             module.to(getattr(torch, options.dtype))
+        if options.channels_last and form is LeanConv2d and module not in contiguous:
+            module.to(memory_format=torch.channels_last)
     names = {module: name for name, module in backbone.named_modules()}
     backbone.__dict__['_protune_pairs'] = [(names[conv], names[norm]) for conv, norm in pairs]
     link(backbone)
-    if options.channels_last:
-        backbone.to(memory_format=torch.channels_last)
 
 
 def link(backbone: nn.Module) -> None:

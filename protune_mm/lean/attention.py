@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
@@ -55,7 +56,8 @@ def attend(
     recipe = recipe_of(qkv) if keeps(qkv) and not tracing() else None
     if recipe is None:
         return merge(run(q, k, v, bias))
-    if not pays(module, recipe, [q, k, v]):
+    # A quarter of what a block keeps, for a twelfth of its work: either preference takes it.
+    if not pays(module, recipe, [q, k, v], limit=math.inf):
         # Queries, keys and values are kept; the output and the mask follow from them.
         base = Kept(qkv)
         recipe = Recipe(lambda: [base.get()], 0, 0)

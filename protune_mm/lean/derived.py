@@ -10,8 +10,15 @@ from torch import Tensor, nn
 
 
 def tracing() -> bool:
-    """Whether PyTorch is compiling, exporting or tracing: then nothing is cached or rebuilt."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    """Whether PyTorch is compiling, exporting, tracing or transforming (``torch.func``).
+
+    Then nothing is cached or rebuilt.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 _PLAIN = (Tensor, nn.Parameter)

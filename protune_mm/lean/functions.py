@@ -10,6 +10,25 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .masks import MaskGradient, Tests, apply_mask, is_channels_last, mask_of, pack
+from .products import pointwise
+
+Geometry = tuple[tuple, tuple, tuple, int]
+"""Stride, padding, dilation and groups of a convolution."""
+
+
+def is_pointwise(weight: Tensor, geometry: Geometry) -> bool:
+    """Whether a convolution mixes the channels of each pixel and nothing else."""
+    stride, padding, _, groups = geometry
+    return weight.shape[2:] == (1, 1) and stride == (1, 1) and padding == (0, 0) and groups == 1
+
+
+def frozen_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """See :func:`torch.nn.functional.conv2d`; outside of any graph."""
+    if is_pointwise(weight, geometry):
+        out = pointwise(x, weight, bias)
+        if out is not None:
+            return out
+    return F.conv2d(x, weight, bias, *geometry)
 
 
 _convolution_backward = torch.ops.aten.convolution_backward.default
@@ -28,26 +47,32 @@ class FrozenConv2d(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        geometry: tuple[tuple, tuple, tuple, int],
+        geometry: Geometry,
     ) -> Tensor:
-        """See :func:`torch.nn.functional.conv2d`; all tensors are of one dtype.
-
-        ``geometry`` is its stride, padding, dilation and groups.
-        """
+        """See :func:`torch.nn.functional.conv2d`; all tensors are of one dtype."""
         ctx.save_for_backward(weight)
         ctx.shape = x.shape
         ctx.geometry = geometry
-        return F.conv2d(x, weight, bias, *geometry)
+        ctx.layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+        return frozen_conv2d(x, weight, bias, geometry)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         """The gradient of the input alone."""
         (weight,) = ctx.saved_tensors
+        grad = grad.contiguous(memory_format=ctx.layout)
+        # oneDNN's kernels have no gradient: a gradient of this gradient goes PyTorch's way.
+        if is_pointwise(weight, ctx.geometry) and not torch.is_grad_enabled():
+            grad_x = pointwise(grad, weight.transpose(0, 1), None)
+            if grad_x is not None:
+                return grad_x, None, None, None
         stride, padding, dilation, groups = ctx.geometry
         # Only the shape of the input is read. Memory that is never written costs nothing on the
         # CPU, where an expanded number would be copied; a GPU takes the expanded number.
         if grad.device.type == 'cpu':
-            shape_of_input = grad.new_empty(ctx.shape)
+            shape_of_input = torch.empty(
+                ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=ctx.layout
+            )
         else:
             shape_of_input = grad.new_empty(1).expand(ctx.shape)
         grad_x = _convolution_backward(

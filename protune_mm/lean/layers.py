@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .derived import cast, derived, tracing
-from .functions import FrozenConv2d, FrozenNorm
+from .functions import FrozenConv2d, FrozenNorm, frozen_conv2d
+from .products import frozen_linear
 from .rebuild import Kept, Recipe, attach, recipe_of
 
 
@@ -28,12 +29,14 @@ class LeanOptions:
             ``'time'``: least time; recompute nothing.
         dtype: hold the weights of frozen convolutions and linear layers in this dtype, such as
             ``'bfloat16'``, the one that autocast uses. None: as they are.
-        channels_last: run on channels-last maps.
+        channels_last: run on channels-last maps inside the backbone; what it returns is laid
+            out as stock. None: on the CPU, where it saves time. True: on GPUs too; the weights
+            are held so as well.
     """
 
     prefer: str = 'memory'
     dtype: str | None = None
-    channels_last: bool = False
+    channels_last: bool | None = None
 
 
 def keeps(x: Tensor) -> bool:
@@ -98,9 +101,11 @@ class LeanConv2d:
         geometry = (self.stride, padding, self.dilation, self.groups)
         with without_autocast(x):
             x = x.to(dtype)
-            if keeps(x) and not tracing():
+            if tracing():
+                return F.conv2d(x, weight, bias, *geometry)
+            if keeps(x):
                 return FrozenConv2d.apply(x, weight, bias, geometry)
-            return F.conv2d(x, weight, bias, *geometry)
+            return frozen_conv2d(x, weight, bias, geometry)
 
     def _lean_weights(self, norm: nn.Module | None, dtype: torch.dtype) -> tuple:
         if norm is None:
@@ -161,21 +166,22 @@ class LeanBatchNorm:
 
 
 CHEAP = 150
-"""Multiplications for each number rebuilt that ``prefer='time'`` allows."""
+"""Multiplications for each number rebuilt that ``prefer='time'`` allows outside attention."""
 
 
-def pays(module: nn.Module, recipe: Recipe, tensors: list[Tensor]) -> bool:
+def pays(module: nn.Module, recipe: Recipe, tensors: list[Tensor], limit: float = CHEAP) -> bool:
     """Whether to rebuild tensors rather than keep them.
 
     Args:
         module: the lean layer that would keep them.
         recipe: how to rebuild them.
         tensors: what it makes.
+        limit: multiplications for each number rebuilt that ``prefer='time'`` allows.
     """
     numbers = sum(t.numel() for t in tensors)
     if recipe.kept >= sum(t.numel() * t.element_size() for t in tensors):
         return False
-    return module._protune_lean.prefer == 'memory' or recipe.cost <= CHEAP * numbers
+    return module._protune_lean.prefer == 'memory' or recipe.cost <= limit * numbers
 
 
 def linear(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -192,15 +198,17 @@ def linear(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) ->
         stock = (weight, bias)
         weight, bias = derived(module, dtype, stock, lambda: cast(dtype, *stock))
     with without_autocast(x):
-        out = F.linear(x.to(dtype), weight, bias)
-    if not keeps(x) or tracing():
+        if tracing():
+            return F.linear(x.to(dtype), weight, bias)
+        out = frozen_linear(x.to(dtype), weight, bias)
+    if not keeps(x):
         return out
     before = recipe_of(x)
     base = None if before else Kept(x)
 
     def make() -> list[Tensor]:
         source = before.take(0) if before else base.get()
-        return [F.linear(source.to(dtype), weight, bias)]
+        return [frozen_linear(source.to(dtype), weight, bias)]
 
     kept = before.kept if before else x.numel() * x.element_size()
     cost = out.numel() * weight.shape[1] + (before.cost if before else 0)

@@ -1,0 +1,56 @@
+"""Channels-last maps inside a frozen backbone; what it takes and returns is laid out as stock."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from .derived import tracing
+from .masks import is_channels_last
+
+_FAST_ON_CPU = (torch.float32, torch.bfloat16)
+
+
+def wants_channels_last(channels_last: bool | None, x: object) -> bool:
+    """Whether a backbone runs on channels-last maps.
+
+    Args:
+        channels_last: the option. None: on the CPU, where oneDNN is faster on them
+            (docs/benchmark/speed.md).
+        x: the first argument of the backbone.
+    """
+    if channels_last is False or not isinstance(x, Tensor) or x.dim() != 4 or tracing():
+        return False
+    return bool(channels_last) or (x.device.type == 'cpu' and x.dtype in _FAST_ON_CPU)
+
+
+def to_channels_last(x: Tensor) -> Tensor:
+    """The same numbers, channels next to each other in memory."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def to_stock(out: Any) -> Any:
+    """Give every map of a backbone's output the memory layout that stock necks and heads get.
+
+    Operations of mmcv, RoIAlign for one, read memory as if it were contiguous.
+    """
+    return tree_map(
+        lambda x: x.contiguous() if isinstance(x, Tensor) and is_channels_last(x) else x, out
+    )
+
+
+class NeedsContiguous:
+    """Mixin for layers with operations of mmcv, which read memory as if it were contiguous."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """See the stock layer."""
+        args, kwargs = to_stock((args, kwargs))
+        return super().forward(*args, **kwargs)
+
+
+def needs_contiguous(module: nn.Module) -> bool:
+    """Whether a layer, or a class it derives from, is one of mmcv's operations."""
+    return any(cls.__module__.startswith('mmcv.ops.') for cls in type(module).__mro__)
