@@ -5,7 +5,9 @@ import pickle
 
 import pytest
 import torch
+from mmcv.cnn.bricks import Conv2dAdaptivePadding, Swish
 from mmengine.registry import MODELS
+from mmengine.utils.dl_utils.parrots_wrapper import SyncBatchNorm
 from torch import nn
 
 import protune_mm
@@ -99,6 +101,10 @@ def test_names_state_and_copies_are_stock(library, family):
     x = image()
     expected = step(lean, x)
     assert any('_protune_cache' in m.__dict__ for m in lean.modules()) or not norms(lean)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        lean(x)
+    for module in lean.modules():  # A copy drops what our classes hold, and nothing else.
+        assert '_protune_cache' not in module.__dict__ or hasattr(type(module), '_protune_stock')
     for copied in (copy.deepcopy(lean), pickle.loads(pickle.dumps(lean))):
         assert not any('_protune_cache' in m.__dict__ for m in copied.modules())
         got = step(copied, x)
@@ -269,12 +275,15 @@ CONVS = [
     nn.Conv2d(8, 8, 3, padding=1, padding_mode='circular'),
     nn.Conv2d(8, 8, 3, padding='valid'),
     nn.Conv2d(8, 8, 3, padding=1, padding_mode='replicate'),
+    Conv2dAdaptivePadding(8, 12, 3, stride=2),
+    Conv2dAdaptivePadding(8, 8, (3, 5), stride=(3, 2), dilation=2, groups=8),
 ]
 LAYERS = [
     *CONVS,
     nn.BatchNorm2d(8),
     nn.BatchNorm2d(8, affine=False),
     nn.SyncBatchNorm(8),
+    SyncBatchNorm(8),
     nn.GroupNorm(2, 8),
     nn.ReLU(),
     nn.ReLU(inplace=True),
@@ -283,6 +292,7 @@ LAYERS = [
     nn.Hardtanh(-0.5, 0.7),
     nn.Hardsigmoid(),
     nn.SiLU(),
+    Swish(),
     nn.GELU(),
     nn.GELU(approximate='tanh'),
 ]
@@ -328,6 +338,17 @@ def test_layers_keep_what_they_promise():
     assert kept(nn.ReLU6(), 'time') == size
     assert kept(nn.GELU(), 'memory') == 0  # The input, made before.
     assert kept(nn.Linear(16, 16), 'memory') == 0
+    assert kept(Conv2dAdaptivePadding(8, 8, 3), 'memory') == 0
+    assert kept(Swish(), 'memory') == 0
+
+
+def test_synchronized_batch_norms_are_folded():
+    """As the stock configs of MMSegmentation have them."""
+    x = image()
+    plain, synced = (small(True, norm_cfg=dict(type=kind)) for kind in ('BN', 'SyncBN'))
+    assert kept_bytes(synced, x) == kept_bytes(plain, x)
+    stock = small(False, norm_cfg=dict(type='SyncBN'))
+    assert_same(step(stock, x), step(synced, x), 1e-5)  # float32
 
 
 @pytest.mark.parametrize('shape', [(1,), (8,), (13,), (2, 3, 5, 7), (1, 16, 4, 4)])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..subclass import stock_type
 from .derived import tracing
@@ -69,6 +70,14 @@ GATES: dict[type, Slopes] = {
 
 Hard-swish is missing because its inner part is a parabola: its gradient needs the input.
 """
+
+
+class LeanSwish:
+    """Mixin for mmcv's ``Swish``, ``x * sigmoid(x)``: keeps ``x`` alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the stock activation."""
+        return F.silu(x)
 
 
 class LeanSmooth:

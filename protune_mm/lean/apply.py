@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..probe import run_on_ghost
 from ..subclass import add_mixin, stock_type
-from .activations import GATES, LeanActivation, LeanSmooth
+from .activations import GATES, LeanActivation, LeanSmooth, LeanSwish
 from .attention import (
     LeanMultiheadAttention,
     LeanShiftWindowMSA,
@@ -24,6 +24,7 @@ from .attention import (
 from .layers import (
     LeanBatchNorm,
     LeanConv2d,
+    LeanConv2dAdaptivePadding,
     LeanGroupNorm,
     LeanLayerNorm,
     LeanLayerNorm2d,
@@ -45,6 +46,9 @@ TORCH: dict[type, type] = {
 }
 LIBRARIES: dict[str, type] = {
     'mmcv.cnn.bricks.wrappers.Conv2d': LeanConv2d,
+    'mmcv.cnn.bricks.conv2d_adaptive_padding.Conv2dAdaptivePadding': LeanConv2dAdaptivePadding,
+    'mmcv.cnn.bricks.swish.Swish': LeanSwish,
+    'mmengine.utils.dl_utils.parrots_wrapper.SyncBatchNorm': LeanBatchNorm,
     'mmcv.cnn.bricks.wrappers.Linear': LeanLinear,
     'mmcv.cnn.bricks.transformer.MultiheadAttention': LeanTorchAttention,
     'mmpretrain.models.utils.norm.LayerNorm2d': LeanLayerNorm2d,
@@ -131,9 +135,9 @@ def make_lean(
             continue
         add_mixin(module, form)
         module._protune_lean = options
-        if options.dtype and form in (LeanConv2d, LeanLinear):
+        if options.dtype and issubclass(form, (LeanConv2d, LeanLinear)):
             module.to(getattr(torch, options.dtype))
-        if options.channels_last and form is LeanConv2d and module not in contiguous:
+        if options.channels_last and issubclass(form, LeanConv2d) and module not in contiguous:
             module.to(memory_format=torch.channels_last)
     names = {module: name for name, module in backbone.named_modules()}
     backbone.__dict__['_protune_pairs'] = [(names[conv], names[norm]) for conv, norm in pairs]
@@ -191,7 +195,7 @@ class _Uses(TorchDispatchMode):
     def _hooks(self, backbone: nn.Module) -> Iterator[object]:
         for module in backbone.modules():
             form = lean_form(stock_type(module))
-            if form is LeanConv2d:
+            if form is not None and issubclass(form, LeanConv2d):
                 yield module.register_forward_hook(self._after_conv)
             elif form is LeanBatchNorm:
                 yield module.register_forward_pre_hook(self._before_norm)

@@ -189,8 +189,8 @@ class LeanTorchAttention:
         )
         if not plain:
             return super().forward(query, key, value, identity, *args, **kwargs)
-        qkv = linear(attn, query, attn.in_proj_weight, attn.in_proj_bias)
+        qkv = linear(self, query, attn.in_proj_weight, attn.in_proj_bias, 'in')
         out = attend(self, qkv, attn.num_heads)
-        out = linear(attn.out_proj, out, attn.out_proj.weight, attn.out_proj.bias)
+        out = linear(self, out, attn.out_proj.weight, attn.out_proj.bias, 'out')
         identity = query if identity is None else identity
         return identity + self.dropout_layer(self.proj_drop(out))

@@ -8,6 +8,7 @@ evaluation mode runs as stock.
 from __future__ import annotations
 
 import contextlib
+import math
 from dataclasses import dataclass
 
 import torch
@@ -92,12 +93,7 @@ class LeanConv2d:
     def _lean_forward(self, x: Tensor, norm: nn.Module | None) -> Tensor:
         dtype = compute_dtype(x)
         weight, bias = self._lean_weights(norm, dtype)
-        padding = self.padding
-        if self.padding_mode != 'zeros' or isinstance(padding, str):
-            mode = 'constant' if self.padding_mode == 'zeros' else self.padding_mode
-            if any(self._reversed_padding_repeated_twice):
-                x = F.pad(x, self._reversed_padding_repeated_twice, mode=mode)
-            padding = (0, 0)
+        x, padding = self._padded(x)
         geometry = (self.stride, padding, self.dilation, self.groups)
         with without_autocast(x):
             x = x.to(dtype)
@@ -106,6 +102,15 @@ class LeanConv2d:
             if keeps(x):
                 return FrozenConv2d.apply(x, weight, bias, geometry)
             return frozen_conv2d(x, weight, bias, geometry)
+
+    def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """The input, padded where the convolution cannot, and what the convolution pads."""
+        if self.padding_mode == 'zeros' and not isinstance(self.padding, str):
+            return x, self.padding
+        mode = 'constant' if self.padding_mode == 'zeros' else self.padding_mode
+        if any(self._reversed_padding_repeated_twice):
+            x = F.pad(x, self._reversed_padding_repeated_twice, mode=mode)
+        return x, (0, 0)
 
     def _lean_weights(self, norm: nn.Module | None, dtype: torch.dtype) -> tuple:
         if norm is None:
@@ -123,6 +128,19 @@ class LeanConv2d:
 
         sources = (self.weight, self.bias, *norm_tensors(norm))
         return derived(self, ('fold', dtype), sources, fold)
+
+
+class LeanConv2dAdaptivePadding(LeanConv2d):
+    """Mixin for mmcv's ``Conv2dAdaptivePadding``, which pads as TensorFlow's "same" does."""
+
+    def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        sides = []
+        for axis in (1, 0):
+            size, stride = x.shape[2 + axis], self.stride[axis]
+            reach = (self.kernel_size[axis] - 1) * self.dilation[axis] + 1
+            missing = max((math.ceil(size / stride) - 1) * stride + reach - size, 0)
+            sides += [missing // 2, missing - missing // 2]
+        return (F.pad(x, sides) if any(sides) else x), self.padding
 
 
 def norm_tensors(norm: nn.Module) -> tuple:
@@ -184,7 +202,9 @@ def pays(module: nn.Module, recipe: Recipe, tensors: list[Tensor], limit: float 
     return module._protune_lean.prefer == 'memory' or recipe.cost <= limit * numbers
 
 
-def linear(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear(
+    module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None, name: str = ''
+) -> Tensor:
     """Apply a frozen linear layer that casts its weights once and whose output can be rebuilt.
 
     Args:
@@ -192,11 +212,12 @@ def linear(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) ->
         x: (..., C_in).
         weight: (C_out, C_in).
         bias: (C_out), or None.
+        name: tells the linear layers of one module apart.
     """
     dtype = compute_dtype(x)
     if weight.dtype != dtype:
         stock = (weight, bias)
-        weight, bias = derived(module, dtype, stock, lambda: cast(dtype, *stock))
+        weight, bias = derived(module, (name, dtype), stock, lambda: cast(dtype, *stock))
     with without_autocast(x):
         if tracing():
             return F.linear(x.to(dtype), weight, bias)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import protune_mm
 from protune_mm.compat import stack_versions
+from protune_mm.registry import PROMPTS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PROMPT = dict(ratio=4)
@@ -38,7 +39,7 @@ LORA = {
     'ViT-B': ('qkv', 'proj', 'ffn.layers.0.0', 'ffn.layers.1'),
     'ConvNeXt-T': ('pointwise_conv1', 'pointwise_conv2'),
 }
-"""Linear layers that mmpretrain's LoRAModel adapts, by backbone; it has none for convolutions."""
+"""Linear layers that LoRA adapts, by backbone. mmpretrain's has no form for convolutions."""
 
 DETECTORS: dict[str, str] = {
     'Mask R-CNN R50-FPN': 'configs/mask_rcnn_protune_r50_coco.py',
@@ -56,8 +57,47 @@ ROWS: dict[str, dict] = {
     'Pro-tuning, least memory': dict(lean='memory'),
     'Pro-tuning, least time': dict(lean='time'),
 }
+PROMPTS.import_from_location()
+for _kind in PROMPTS.module_dict:
+    if _kind != 'ProTuningBlock':
+        ROWS[f'{_kind}, lean off'] = dict(lean=False, prompt=dict(type=_kind))
+        ROWS[f'{_kind}, least memory'] = dict(lean='memory', prompt=dict(type=_kind))
+GPU_ROWS: dict[str, dict] = {
+    'Pro-tuning, least memory, channels-last': dict(lean=dict(channels_last=True)),
+    'Pro-tuning, least time, channels-last': dict(lean=dict(prefer='time', channels_last=True)),
+}
+"""What is the default on the CPU, and to be measured on a GPU."""
+AMP_ROWS: dict[str, dict] = {
+    'Pro-tuning, least memory, channels-last, bfloat16 weights': dict(
+        lean=dict(channels_last=True, dtype='bfloat16')
+    ),
+}
 BASELINE = 'Pro-tuning, lean off'
 LORA_ROW = "LoRA (mmpretrain's, rank 8)"
+PEFT_ROW = 'LoRA (Hugging Face peft, rank 8)'
+
+_peft: Path | None = None
+
+
+def use_peft(folder: str) -> None:
+    """Let the rows of Hugging Face peft in.
+
+    Args:
+        folder: where it was installed, apart from the rest: see requirements/peft.txt.
+    """
+    global _peft
+    if not (Path(folder) / 'peft').is_dir():
+        sys.exit(f"--peft: no package 'peft' in '{folder}'; see requirements/peft.txt")
+    # mmpretrain cannot be imported beside transformers: it comes first.
+    import mmpretrain.models  # noqa: F401
+
+    sys.path.append(str(Path(folder).resolve()))
+    _peft = Path(folder)
+
+
+def backbone_rows() -> list[str]:
+    """Ways to train a backbone alone: ours, and where the row applies, its rivals."""
+    return [*ROWS, LORA_ROW, *([PEFT_ROW] if _peft else [])]
 
 
 def quiet() -> None:
@@ -71,7 +111,7 @@ def backbone(name: str, row: str) -> nn.Module | None:
 
     Args:
         name: key of :data:`BACKBONES`.
-        row: key of :data:`ROWS`, or :data:`LORA_ROW`.
+        row: one of :func:`backbone_rows`.
     """
     torch.manual_seed(0)
     config = dict(BACKBONES[name])
@@ -82,13 +122,37 @@ def backbone(name: str, row: str) -> nn.Module | None:
 
         targets = [dict(type=f'.*{target}') for target in LORA[name]]
         return LoRAModel(config, alpha=8, rank=8, targets=targets).train()
+    if row == PEFT_ROW:
+        return with_peft(MODELS.build(config), LORA.get(name))
     options = dict(ROWS[row])
     if 'frozen_stages' in options:
         config['frozen_stages'] = options.pop('frozen_stages')
     if options.get('policy', 'prompts') == 'prompts':
-        options['prompt'] = PROMPT
+        options.setdefault('prompt', PROMPT)
     module = protune_mm.protune(MODELS.build(config), **options)
     module.train()
+    return module
+
+
+def with_peft(module: nn.Module, targets: tuple[str, ...] | None) -> nn.Module:
+    """A backbone with peft's LoRA.
+
+    Args:
+        module: the stock backbone.
+        targets: ends of the names of the layers to adapt. None: all convolutions but depth-wise
+            ones, which peft cannot.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    names = [
+        name
+        for name, layer in module.named_modules()
+        if (targets and name.endswith(targets))
+        or (targets is None and isinstance(layer, nn.Conv2d) and layer.groups == 1)
+    ]
+    config = LoraConfig(r=8, lora_alpha=8, target_modules=names)
+    module = inject_adapter_in_model(config, module)
+    module.train()  # Some of the libraries' return None.
     return module
 
 
@@ -228,6 +292,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     """The options that both benchmarks have."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument('--cases', nargs='+', help='names of models; default: all')
+    parser.add_argument('--peft', help='folder that Hugging Face peft is installed in: adds a row')
     parser.add_argument('--out', default='docs/benchmark', help='folder of JSON and table')
     return parser
 

@@ -7,19 +7,22 @@ Writes docs/benchmark/memory.json and memory.md.
 
 from __future__ import annotations
 
+import argparse
+
 import torch
 from cases import (
     BACKBONES,
     BASELINE,
     DETECTORS,
-    LORA_ROW,
     ROWS,
     SEGMENTORS,
     arguments,
     backbone,
+    backbone_rows,
     check_tests,
     loss_of,
     quiet,
+    use_peft,
     whole_model,
     write,
 )
@@ -42,12 +45,14 @@ ATTENTION = {
 
 def main() -> None:
     args = arguments(__doc__.split('\n')[0]).parse_args()
+    if args.peft:
+        use_peft(args.peft)
     check_tests('tests/test_lean.py')
     quiet()
     rows = []
     for name in BACKBONES:
         if not args.cases or name in args.cases:
-            for row in (*ROWS, LORA_ROW):
+            for row in backbone_rows():
                 module = backbone(name, row)
                 if module is not None:
                     image = torch.randn(1, 3, *SIZE, generator=torch.Generator().manual_seed(0))
@@ -57,7 +62,7 @@ def main() -> None:
             for row in ROWS:
                 model = whole_model(name, row)
                 rows.append(measure(name, row, model, loss_of(name, model, SIZE, 2)))
-    write(args.out, 'memory', rows, table(rows, args.cases), 'cpu')
+    write(args.out, 'memory', rows, table(rows, args), 'cpu')
 
 
 def measure(name: str, row: str, model: torch.nn.Module, forward: object) -> dict:
@@ -81,9 +86,11 @@ def measure(name: str, row: str, model: torch.nn.Module, forward: object) -> dic
     return found
 
 
-def table(rows: list[dict], cases: list[str] | None) -> str:
+def table(rows: list[dict], args: argparse.Namespace) -> str:
     """The document."""
-    chosen = ' --cases ' + ' '.join(f'"{case}"' for case in cases) if cases else ''
+    chosen = f' --peft {args.peft}' if args.peft else ''
+    if args.cases:
+        chosen += ' --cases ' + ' '.join(f'"{case}"' for case in args.cases)
     text = [
         '# Memory that training keeps for backward',
         '',

@@ -15,17 +15,20 @@ from collections.abc import Callable
 
 import torch
 from cases import (
+    AMP_ROWS,
     BACKBONES,
     BASELINE,
     DETECTORS,
-    LORA_ROW,
+    GPU_ROWS,
     ROWS,
     SEGMENTORS,
     arguments,
     backbone,
+    backbone_rows,
     check_tests,
     loss_of,
     quiet,
+    use_peft,
     whole_model,
     write,
 )
@@ -42,6 +45,10 @@ def main() -> None:
     parser.add_argument('--models', action='store_true', help='whole models too: for GPUs')
     parser.add_argument('--amp', action='store_true', help='autocast to bfloat16')
     args = parser.parse_args()
+    if args.peft:
+        use_peft(args.peft)
+    if args.device == 'cuda':
+        ROWS.update(GPU_ROWS, **(AMP_ROWS if args.amp else {}))
     check_tests('tests/test_lean.py')
     quiet()
     names = [*BACKBONES, *(SIZES if args.models else ())]
@@ -56,7 +63,7 @@ def main() -> None:
 def measure(name: str, args: object) -> list[dict]:
     """Time every row of one model, one step each in turn."""
     steps: dict[str, Callable[[], None]] = {}
-    for row in (*ROWS, *([LORA_ROW] if name in BACKBONES else [])):
+    for row in backbone_rows() if name in BACKBONES else ROWS:
         step = prepare(name, row, args)
         if step is not None:
             steps[row] = step
