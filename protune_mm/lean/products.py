@@ -2,7 +2,7 @@
 
 On the CPU PyTorch gives matrix products in float32 to MKL, which uses half the width of the
 vector unit of processors that are not Intel's. oneDNN, which PyTorch also has, uses all of it:
-``tools/benchmark/ops.py --device cpu`` measures both. PyTorch's own choice for trainable layers
+``tools/benchmark/products.py`` measures both. PyTorch's own choice for trainable layers
 stays as it is.
 """
 
