@@ -1,4 +1,6 @@
-"""The depth-wise 5x5 convolution: the Triton kernel against PyTorch's own, on a GPU.
+"""The depth-wise 5x5 convolution, and convolution with ReLU in one kernel, on a GPU.
+
+The Triton kernel and cuDNN's fused kernel against PyTorch's own.
 
     python tools/benchmark/ops.py
 
@@ -16,6 +18,7 @@ from collections.abc import Callable
 
 import torch
 from cases import arguments, check_tests, quiet, write
+from torch.nn import functional as F
 
 from protune_mm.ops.depthwise import TABLE, Depthwise, reference
 
@@ -26,6 +29,8 @@ NETWORKS = {
     'ViT-B': [(768, 16)],
 }
 """Channels and stride of each stage."""
+FUSED = [(64, 4), (128, 8), (256, 16), (512, 32)]
+"""Channels and stride of ResNet-50's 3x3 convolutions."""
 RATIO = 8
 BATCH = 2
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -52,6 +57,13 @@ def main() -> None:
         for layout in LAYOUTS
         for shape in shapes
     ]
+    fused = [
+        measure_fused(channels, *(math.ceil(side / stride) for side in size), dtype, layout)
+        for dtype in DTYPES
+        for layout in LAYOUTS
+        for size in SIZES
+        for channels, stride in FUSED
+    ]
     table_of = json.loads(TABLE.read_text()) if TABLE.exists() else {}
     table_of[torch.cuda.get_device_name()] = {
         f'{dtype} {layout}': 'triton' if speedup(rows, dtype, layout) > 1 else 'torch'
@@ -59,7 +71,7 @@ def main() -> None:
         for layout in LAYOUTS
     }
     TABLE.write_text(json.dumps(table_of, indent=1, sort_keys=True) + '\n')
-    write(args.out, 'ops', rows, table(rows, copy), 'cuda')
+    write(args.out, 'ops', [*rows, *fused], table(rows, fused, copy), 'cuda')
 
 
 def seconds(run: Callable[[], object], rounds: int = 20) -> float:
@@ -114,13 +126,38 @@ def measure(
     return found
 
 
+def measure_fused(channels: int, height: int, width: int, dtype: torch.dtype, layout: str) -> dict:
+    """A 3x3 convolution and ReLU without a graph: two kernels, and cuDNN's one."""
+    x = torch.randn(BATCH, channels, height, width, device='cuda', dtype=dtype)
+    x = x.contiguous(memory_format=LAYOUTS[layout])
+    weight = torch.randn(channels, channels, 3, 3, device='cuda', dtype=dtype)
+    weight = weight.contiguous(memory_format=LAYOUTS[layout])
+    bias = torch.randn(channels, device='cuda', dtype=dtype)
+    one = (1, 1)
+    with torch.no_grad():
+        plain = seconds(lambda: F.conv2d(x, weight, bias, padding=1).relu_())
+        fused = seconds(
+            lambda: torch.ops.aten.cudnn_convolution_relu(x, weight, bias, one, one, one, 1)
+        )
+    found = dict(
+        case=f'conv 3x3 and ReLU, {channels}x{height}x{width}',
+        dtype=str(dtype).removeprefix('torch.'),
+        layout=layout,
+        plain_s=plain,
+        fused_s=fused,
+        speedup=plain / fused,
+    )
+    print(found, flush=True)
+    return found
+
+
 def speedup(rows: list[dict], dtype: str, layout: str) -> float:
     """Geometric mean over the shapes, forward plus backward."""
     ratios = [r['speedup'] for r in rows if r['dtype'] == dtype and r['layout'] == layout]
     return math.exp(statistics.fmean(math.log(r) for r in ratios))
 
 
-def table(rows: list[dict], copy: float) -> str:
+def table(rows: list[dict], fused: list[dict], copy: float) -> str:
     """The document."""
     text = ['# Depth-wise 5x5 convolution', '', f'Copies run at {copy / 1e9:.0f} GB/s.', '']
     text += ['| shape | dtype | layout | Triton, ms | PyTorch, ms | faster | forward, of copy |']
@@ -135,6 +172,16 @@ def table(rows: list[dict], copy: float) -> str:
         f'- {dtype}, {layout}: {speedup(rows, dtype, layout):.2f}'
         for dtype in dict.fromkeys(r['dtype'] for r in rows)
         for layout in LAYOUTS
+    ]
+    text += ['', '# Convolution and ReLU, forward', '']
+    text += [
+        '| shape | dtype | layout | two kernels, ms | one, ms | faster |',
+        '|---|---|---|---|---|---|',
+    ]
+    text += [
+        f'| {r["case"]} | {r["dtype"]} | {r["layout"]} | {r["plain_s"] * 1e3:.3f} '
+        f'| {r["fused_s"] * 1e3:.3f} | {r["speedup"]:.2f} |'
+        for r in fused
     ]
     return '\n'.join([*text, ''])
 

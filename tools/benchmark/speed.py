@@ -20,6 +20,7 @@ from cases import (
     BASELINE,
     DETECTORS,
     GPU_ROWS,
+    PROMPT,
     ROWS,
     SEGMENTORS,
     arguments,
@@ -32,7 +33,12 @@ from cases import (
     whole_model,
     write,
 )
+from mmengine.registry import MODELS
 
+import protune_mm
+
+INFERENCE_BASELINE = 'inference, lean off'
+INFERENCE = {INFERENCE_BASELINE: False, 'inference, lean': True}
 SIZES = {**dict.fromkeys(DETECTORS, (800, 1333)), **dict.fromkeys(SEGMENTORS, (512, 512))}
 """Height and width of the images of whole models, in pixels, as their stock configs have them."""
 
@@ -67,6 +73,8 @@ def measure(name: str, args: object) -> list[dict]:
         step = prepare(name, row, args)
         if step is not None:
             steps[row] = step
+    if name in BACKBONES:
+        steps |= {row: infer(name, lean, args) for row, lean in INFERENCE.items()}
     times: dict[str, list[float]] = {row: [] for row in steps}
     peaks: dict[str, int] = {}
     for number in range(args.rounds + 2):
@@ -74,15 +82,16 @@ def measure(name: str, args: object) -> list[dict]:
             seconds, peaks[row] = timed(step, args.device)
             if number >= 2:  # The first steps allocate and, on a GPU, choose kernels.
                 times[row].append(seconds)
-    base = statistics.median(times[BASELINE])
     rows = []
     for row in steps:
+        base = times[INFERENCE_BASELINE if row in INFERENCE else BASELINE]
         median = statistics.median(times[row])
+        ratio = median / statistics.median(base)
         rows.append(
-            dict(case=name, row=row, median_s=median, ratio=median / base, peak_bytes=peaks[row],
-                 fastest_ratio=min(times[row]) / min(times[BASELINE]))
+            dict(case=name, row=row, median_s=median, ratio=ratio, peak_bytes=peaks[row],
+                 fastest_ratio=min(times[row]) / min(base))
         )  # fmt: skip
-        print(f'{name}, {row}: {median / base:.3f} of lean off, {median * 1e3:.1f} ms', flush=True)
+        print(f'{name}, {row}: {ratio:.3f} of lean off, {median * 1e3:.1f} ms', flush=True)
     return rows
 
 
@@ -115,6 +124,23 @@ def prepare(name: str, row: str, args: object) -> Callable[[], None] | None:
     return step
 
 
+def infer(name: str, lean: bool, args: object) -> Callable[[], None]:
+    """A function that runs a Pro-tuned backbone for its features."""
+    torch.manual_seed(0)
+    module = MODELS.build(dict(BACKBONES[name]))
+    model = protune_mm.protune(module, prompt=PROMPT, lean=lean).to(args.device)
+    model.eval()
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(args.batch or 1, 3, 256, 256, generator=generator).to(args.device)
+
+    def run() -> None:
+        amp = torch.autocast(args.device, torch.bfloat16) if args.amp else contextlib.nullcontext()
+        with amp, torch.inference_mode():
+            model(image)
+
+    return run
+
+
 def timed(step: Callable[[], None], device: str) -> tuple[float, int]:
     """Seconds of a step and, on a GPU, the bytes that it had allocated at most."""
     if device == 'cuda':
@@ -137,10 +163,11 @@ def table(rows: list[dict], args: object) -> str:
         '# Time of a training step',
         '',
         'Forward, backward and SGD; rows alternate, one step each in turn; medians as a ratio to',
-        '"lean off" of the same run, and the ratio of the fastest steps. Peak memory (GPU only) is',
-        'what a step allocates beyond weights and optimizer.',
+        '"lean off" of the same run, and the ratio of the fastest steps; inference to inference. Peak',
+        'memory (GPU only) is what a step allocates beyond weights and optimizer.',
         '',
         f'    python tools/benchmark/speed.py --device {args.device} --rounds {args.rounds}'
+        + (f' --peft {args.peft}' if args.peft else '')
         + (' --models' if args.models else '')
         + (' --amp' if args.amp else ''),
         '',
