@@ -163,8 +163,8 @@ def table(rows: list[dict], args: object) -> str:
         '# Time of a training step',
         '',
         'Forward, backward and SGD; rows alternate, one step each in turn; medians as a ratio to',
-        '"lean off" of the same run, and the ratio of the fastest steps; inference to inference. Peak',
-        'memory (GPU only) is what a step allocates beyond weights and optimizer.',
+        '"lean off" of the same run, and the ratio of the fastest steps; inference to inference.',
+        'Peak memory (GPU only) is what a step allocates beyond weights and optimizer.',
         '',
         f'    python tools/benchmark/speed.py --device {args.device} --rounds {args.rounds}'
         + (f' --peft {args.peft}' if args.peft else '')
