@@ -17,7 +17,8 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from .lean import LeanOptions, forget, link, to_channels_last, to_stock, wants_channels_last
+from .lean import LeanOptions, forget, inputs_channels_last, link, to_stock
+from .stages import find_family
 from .subclass import add_mixin, stock_type
 from .weights import LoadRecord
 
@@ -41,7 +42,8 @@ class State:
         options: how it was Pro-tuned.
         loads: which frozen tensors have received weights.
         initialized: its prompts have been given their start by ``init_weights``.
-        contiguous: its forward cannot run on channels-last maps.
+        contiguous: it runs on contiguous maps: its forward cannot run on others, or nobody has
+            looked whether it can.
     """
 
     options: Options
@@ -71,20 +73,21 @@ class ProTunedBackbone:
             link(self)
         state = self._protune
         lean = None if state.contiguous else state.options.lean
-        if not (lean and args and wants_channels_last(lean.channels_last, args[0])):
+        changed = lean and inputs_channels_last(lean.channels_last, args, kwargs)
+        if not changed:
             return super().forward(*args, **kwargs)
         try:
-            return to_stock(super().forward(to_channels_last(args[0]), *args[1:], **kwargs))
+            return to_stock(super().forward(*changed[0], **changed[1]))
         except RuntimeError as error:
             if 'view size is not compatible' not in str(error):
                 raise
             print_log(
-                f'{type(self).__name__} runs on contiguous maps from now on: its forward takes a '
-                '`view` of a map that only contiguous memory allows',
+                f'{type(self).__name__} runs on contiguous maps from now on, as with '
+                'lean=dict(channels_last=False): its forward takes a `view` of a map that only '
+                'contiguous memory allows',
                 logger='current',
             )
             state.contiguous = True
-            self.to(memory_format=torch.contiguous_format)
         return super().forward(*args, **kwargs)
 
     def train(self, mode: bool = True) -> nn.Module:
@@ -235,6 +238,10 @@ def freeze(module: nn.Module, options: Options, weights_given: bool) -> None:
     """
     add_mixin(module, ProTunedBackbone)
     module._protune = State(options, LoadRecord(given=weights_given))
+    if find_family(stock_type(module)) is None:
+        # A user's own may call operations that read memory as if it were contiguous: it is asked
+        # for by lean=dict(channels_last=True).
+        module._protune.contiguous = options.lean is not None and options.lean.channels_last is None
     module.requires_grad_(False)
     for prompt in prompts(module).values():
         prompt.requires_grad_(True)

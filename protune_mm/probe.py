@@ -72,7 +72,7 @@ def run_on_ghost(
         ValueError: the backbone cannot run on such an image.
     """
     # A backbone may keep what it computed, a grid say, which would be fake.
-    before = {m: dict(m.__dict__) for m in module.modules()}
+    before = {m: _snapshot(m) for m in module.modules()}
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     state = itertools.chain(module.named_parameters(), module.named_buffers())
     # On the CPU, whatever the device of the weights: fake CUDA tensors need a CUDA device.
@@ -88,9 +88,19 @@ def run_on_ghost(
             f'shapes of its stages cannot be found: {error}'
         ) from error
     finally:
-        for m, attributes in before.items():
+        for m, (attributes, contents) in before.items():
             m.__dict__.clear()
             m.__dict__.update(attributes)
+            for container, items in contents:
+                container.clear()
+                (container.update if isinstance(container, dict | set) else container.extend)(items)
+
+
+def _snapshot(module: nn.Module) -> tuple[dict, list]:
+    """Attributes of a module, buffers and caches in dicts and lists among them."""
+    attributes = dict(module.__dict__)
+    containers = [v for v in attributes.values() if isinstance(v, dict | list | set)]
+    return attributes, [(container, container.copy()) for container in containers]
 
 
 def probe_channels(module: nn.Module, sites: list[Site]) -> dict[str, int]:

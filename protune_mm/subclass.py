@@ -49,7 +49,7 @@ DERIVED = (
     '_protune_cache',
     '_protune_norm',
     '_protune_conv',
-    '_protune_folds',
+    '_protune_pending',
     '_protune_linked',
 )
 """Attributes of lean layers that a copy makes anew."""

@@ -450,7 +450,7 @@ def test_shared_and_branching_convolutions_are_not_folded():
     expected = module(x)
     protune_mm.protune(module, stages=['bn_fine'])
     torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-5)  # float32
-    folded = [n for n, m in module.named_modules() if m.__dict__.get('_protune_folds')]
+    folded = [n for n, m in module.named_modules() if '_protune_norm' in m.__dict__]
     assert folded == ['fine']
 
 

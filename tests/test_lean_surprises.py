@@ -179,3 +179,103 @@ def test_norms_that_widen(groups, dtype):
     (out * factor).sum().backward()
     (expected * factor).sum().backward()
     torch.testing.assert_close(mine.grad.float(), plain.grad, rtol=1e-2, atol=1e-2)  # bfloat16
+
+
+SWIN = next(p.values for p in EXAMPLES if p.id == 'mmdet-SwinTransformer')
+
+
+def scaled(module, args):
+    return (args[0] * 3 + 1, *args[1:])
+
+
+class Scaled(nn.Module):
+    def __init__(self, attention):
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x, mask=None):
+        return self.attention(x * 3 + 1, mask)
+
+
+def hook_attention(block):
+    block.attn.w_msa.register_forward_pre_hook(scaled)
+
+
+def wrap_attention(block):
+    block.attn.w_msa = Scaled(block.attn.w_msa)
+
+
+@pytest.mark.parametrize('change', [hook_attention, wrap_attention])
+def test_windows_that_are_changed_before_attention(change):
+    grads = []
+    for lean in (False, True):
+        backbone = trained_like(*SWIN, lean)
+        for stage in backbone.stages:
+            for block in stage.blocks:
+                change(block)
+        x = image().requires_grad_()
+        sum(o.square().sum() for o in flat(backbone(x))).backward()
+        grads.append(x.grad)
+    assert (grads[0] - grads[1]).abs().max() <= 1e-4 * grads[0].abs().max()  # float32
+
+
+@pytest.mark.parametrize('name', ['weight', 'bias'])
+@pytest.mark.parametrize('layer', [0, 1])
+def test_constants_of_a_recipe_changed_before_backward_are_an_error(layer, name):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+    net.eval().requires_grad_(False)
+    make_lean(net, LeanOptions())
+    out = net(torch.randn(4, 8, requires_grad=True))
+    with torch.no_grad():
+        getattr(net[layer], name).add_(3)
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize('rows', [4, 400])  # Above and below where oneDNN multiplies.
+def test_outputs_changed_in_place(rows):
+    results = []
+    for lean in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(64, 96), nn.ReLU(inplace=True), nn.Linear(96, 64)).eval()
+        net.requires_grad_(False)
+        if lean:
+            make_lean(net, LeanOptions())
+        x = torch.randn(2, rows, 64, requires_grad=True)
+        out = net(x)
+        out += 1
+        out[:, 0] += 1
+        out.square().sum().backward()
+        results.append((out.detach(), x.grad))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # float32
+
+
+class Remembers(nn.Module):
+    """A user's backbone that keeps what it computed in places of every kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.cache, self.seen = {}, []
+        self.register_buffer('grid', None)
+
+    def forward(self, x):
+        x = self.norm(self.conv(x))
+        if self.grid is None:
+            self.grid = torch.ones_like(x[:1, :1, :1, :1])
+            self.register_buffer('late', self.grid * 2)
+        scale = self.cache.setdefault('scale', self.grid * self.late)
+        self.seen.append(scale)
+        return (x * self.seen[0],)
+
+
+def test_the_probe_leaves_nothing_behind():
+    backbone = protune_mm.protune(Remembers(), stages=['norm'])
+    assert backbone.grid is None
+    assert not backbone.cache
+    assert not backbone.seen
+    assert not hasattr(backbone, 'late')
+    assert type(backbone(image())[0]) is torch.Tensor

@@ -116,21 +116,24 @@ def test_small_products_stay_with_pytorch():
     assert ours == {'aten.addmm', 'aten.mm'}
 
 
+@needs_onednn
 def test_torch_func():
     """Transforms of ``torch.func`` see plain layers."""
     torch.manual_seed(0)
+    # Large enough for oneDNN, without the transform.
     net = nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 1),
-        nn.Flatten(2), nn.Linear(64, 32), nn.GELU(), nn.LayerNorm(32),
+        nn.Conv2d(3, 128, 3, padding=1), nn.BatchNorm2d(128), nn.ReLU(), nn.Conv2d(128, 256, 1),
+        nn.Flatten(2), nn.Linear(256, 32), nn.GELU(), nn.LayerNorm(32),
     )  # fmt: skip
     net.eval().requires_grad_(False)
-    x = torch.randn(4, 3, 8, 8)
+    x = torch.randn(4, 3, 16, 16)
 
     def loss(image):
         return net(image[None]).square().sum()
 
     expected = torch.func.vmap(torch.func.grad(loss))(x)
     make_lean(net, LeanOptions())
-    assert net(x).shape == (4, 16, 32)
+    found, _ = used(net, x.clone())
+    assert {'mkldnn._linear_pointwise', 'aten.mkldnn_convolution'} <= found
     got = torch.func.vmap(torch.func.grad(loss))(x)
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)  # float32
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)  # float32

@@ -7,16 +7,15 @@ none. The layers here keep only what the gradient of their input needs, and comp
 from .apply import lean_form, lean_options, link, make_lean
 from .derived import forget
 from .layers import LeanOptions
-from .layout import to_channels_last, to_stock, wants_channels_last
+from .layout import inputs_channels_last, to_stock
 
 __all__ = [
     'LeanOptions',
     'forget',
+    'inputs_channels_last',
     'lean_form',
     'lean_options',
     'link',
     'make_lean',
-    'to_channels_last',
     'to_stock',
-    'wants_channels_last',
 ]

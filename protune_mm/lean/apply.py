@@ -124,12 +124,13 @@ def make_lean(
         options: how the layers run.
         prompted: blocks that are about to carry a prompt; nothing is folded across one.
     """
-    pairs = [(conv, norm) for conv, norm in foldable(backbone) if conv not in prompted]
-    contiguous = set()
+    pairs = foldable(backbone)
+    for block in prompted:  # The prompt reads what is between the two.
+        inside = set(block.modules())
+        pairs = [pair for pair in pairs if not (pair[0] in inside and pair[1] not in inside)]
     for module in list(backbone.modules()):
         if options.channels_last is not False and needs_contiguous(module):
             add_mixin(module, NeedsContiguous)
-            contiguous.update(module.modules())
         form = lean_form(stock_type(module))
         if form is None or (form is LeanActivation and getattr(module, 'negative_slope', 0) < 0):
             continue
@@ -137,8 +138,6 @@ def make_lean(
         module._protune_lean = options
         if options.dtype and issubclass(form, (LeanConv2d, LeanLinear)):
             module.to(getattr(torch, options.dtype))
-        if options.channels_last and issubclass(form, LeanConv2d) and module not in contiguous:
-            module.to(memory_format=torch.channels_last)
     names = {module: name for name, module in backbone.named_modules()}
     backbone.__dict__['_protune_pairs'] = [(names[conv], names[norm]) for conv, norm in pairs]
     link(backbone)
@@ -150,12 +149,17 @@ def link(backbone: nn.Module) -> None:
     Copies of a backbone have no such links, because a copy of one layer alone must not have them;
     a copy links itself at its first forward pass.
     """
-    for conv_name, norm_name in backbone.__dict__['_protune_pairs']:
-        conv, norm = backbone.get_submodule(conv_name), backbone.get_submodule(norm_name)
-        parent, _, name = norm_name.rpartition('.')
+    for pair in backbone.__dict__['_protune_pairs']:
+        try:
+            conv, norm = map(backbone.get_submodule, pair)
+        except AttributeError:  # Somebody has changed the structure before copying it.
+            continue
         if isinstance(conv, LeanConv2d) and isinstance(norm, LeanBatchNorm):
+            split = (path.rpartition('.') for path in pair)
+            places = [(backbone.get_submodule(parent), name) for parent, _, name in split]
             # Past __setattr__, which would register a submodule and change names.
-            conv.__dict__['_protune_norm'] = (norm, backbone.get_submodule(parent), name)
+            conv.__dict__['_protune_norm'] = (norm, *places)
+            conv.__dict__['_protune_pending'] = set()
             norm.__dict__['_protune_conv'] = conv
     backbone.__dict__['_protune_linked'] = True
 

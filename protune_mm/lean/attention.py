@@ -98,7 +98,15 @@ class LeanShiftWindowMSA:
 
     def forward(self, query: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """See the stock layer; ``(B, H * W, C) -> (B, H * W, C)``."""
-        if not keeps(query) or tracing():
+        # Something else may have been put around the attention, or look at what it gets.
+        attention = self.w_msa
+        cut_here = isinstance(attention, LeanWindowMSA) and not (
+            attention._forward_pre_hooks
+            or attention._backward_hooks
+            or attention._backward_pre_hooks
+            or 'forward' in attention.__dict__
+        )
+        if not keeps(query) or tracing() or not cut_here:
             return super().forward(query, hw_shape)
         before, size = recipe_of(query), query.numel()
         base = None if before else Kept(query)
@@ -144,9 +152,10 @@ class LeanWindowMSA:
         def bias_like(q: Tensor) -> Tensor:
             bias = derived(
                 self,
-                ('bias', q.dtype),
+                'bias',
                 (self.relative_position_bias_table, self.relative_position_index),
                 lambda: self._position_bias(tokens).to(q.dtype),
+                (q.dtype,),
             )
             if mask is None:
                 return bias.expand(count, -1, -1, -1)

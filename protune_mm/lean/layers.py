@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 from .derived import cast, derived, tracing
 from .functions import FrozenConv2d, FrozenNorm, frozen_conv2d
+from .masks import is_channels_last, to_channels_last
 from .products import frozen_linear
 from .rebuild import Kept, Recipe, attach, recipe_of
 
@@ -53,6 +55,26 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def dtype_of_weights(module: nn.Module, x: Tensor, weight: Tensor) -> torch.dtype:
+    """Dtype in which a frozen layer computes: autocast's, else that of its weights.
+
+    Weights that are held in autocast's dtype (:attr:`LeanOptions.dtype`) follow their input
+    outside of autocast.
+    """
+    if not x.is_floating_point():
+        return weight.dtype
+    if module._protune_lean.dtype:
+        return compute_dtype(x)
+    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    return compute_dtype(x) if autocast else weight.dtype
+
+
+def cast_input(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The input in the dtype of the weights; what is no floating point stays, and is refused."""
+    casts = x.dtype != dtype and x.is_floating_point() and torch.is_autocast_enabled(x.device.type)
+    return x.to(dtype) if casts else x
+
+
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     """Context in which autocast casts nothing; cheap where it is off."""
     if torch.is_autocast_enabled(x.device.type):
@@ -75,28 +97,24 @@ class LeanConv2d:
 
     def forward(self, x: Tensor) -> Tensor:
         """See :class:`torch.nn.Conv2d`; shapes as there."""
-        lean = is_frozen(self) and x.numel() > 0 and x.dim() == 4
-        norm = None
-        if '_protune_norm' in self.__dict__:
-            norm, parent, name = self.__dict__['_protune_norm']
-            # Somebody may have put another layer in its place.
-            if not (lean and is_frozen(norm) and parent._modules.get(name) is norm):
-                norm = None
-            self.__dict__['_protune_folds'] = norm is not None
-        if not lean:
+        if not is_frozen(self) or x.numel() == 0 or x.dim() != 4:
             return super().forward(x)
+        folds = '_protune_norm' in self.__dict__ and not tracing()
+        norm = folded_norm(self) if folds else None
         out = self._lean_forward(x, norm)
-        if norm is not None and not tracing():
-            out._protune_normed_by = id(norm)  # So that the norm knows it has been computed.
+        if norm is not None:
+            # So that the norm knows that it has been computed, or that this went elsewhere.
+            out._protune_normed_by = (norm, version_of(out))
+            self.__dict__['_protune_pending'].add(threading.get_ident())
         return out
 
     def _lean_forward(self, x: Tensor, norm: nn.Module | None) -> Tensor:
-        dtype = compute_dtype(x)
-        weight, bias = self._lean_weights(norm, dtype)
-        x, padding = self._padded(x)
+        dtype = dtype_of_weights(self, x, self.weight)
+        last = self._protune_lean.channels_last and x.is_cuda and is_channels_last(x)
+        weight, bias = self._lean_weights(norm, dtype, last)
+        x, padding = self._padded(cast_input(x, dtype))
         geometry = (self.stride, padding, self.dilation, self.groups)
         with without_autocast(x):
-            x = x.to(dtype)
             if tracing():
                 return F.conv2d(x, weight, bias, *geometry)
             if keeps(x):
@@ -112,22 +130,57 @@ class LeanConv2d:
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=mode)
         return x, (0, 0)
 
-    def _lean_weights(self, norm: nn.Module | None, dtype: torch.dtype) -> tuple:
-        if norm is None:
-            if self.weight.dtype == dtype:
-                return self.weight, self.bias
-            return derived(
-                self, dtype, (self.weight, self.bias), lambda: cast(dtype, self.weight, self.bias)
-            )
+    def _lean_weights(self, norm: nn.Module | None, dtype: torch.dtype, last: bool) -> tuple:
+        if norm is None and self.weight.dtype == dtype and not last:
+            return self.weight, self.bias
 
-        def fold() -> tuple:
-            scale, shift = affine(norm)
-            weight = self.weight.double() * scale[:, None, None, None]
-            bias = shift if self.bias is None else shift + self.bias.double() * scale
-            return cast(dtype, weight, bias)
+        def make() -> tuple:
+            if norm is None:
+                weight, bias = cast(dtype, self.weight, self.bias)
+            else:
+                scale, shift = affine(norm)
+                weight = self.weight.double() * scale[:, None, None, None]
+                bias = shift if self.bias is None else shift + self.bias.double() * scale
+                weight, bias = cast(dtype, weight, bias)
+            return (to_channels_last(weight) if last else weight), bias
 
-        sources = (self.weight, self.bias, *norm_tensors(norm))
-        return derived(self, ('fold', dtype), sources, fold)
+        sources = (self.weight, self.bias, *(norm_tensors(norm) if norm else ()))
+        return derived(self, 'weights', sources, make, (dtype, last, norm and norm.eps))
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; nobody counts in inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def folded_norm(conv: nn.Module) -> nn.Module | None:
+    """The batch norm that a convolution computes along with itself.
+
+    None where somebody looks at, changes or replaces what is between them: then each computes
+    its own part.
+    """
+    norm, *places = conv.__dict__['_protune_norm']
+    if getattr(conv, '_is_replica', False):  # nn.DataParallel's; the norm is not this replica's.
+        return None
+    for module, (parent, name) in zip((conv, norm), places, strict=True):
+        if (
+            parent._modules.get(name) is not module
+            or 'forward' in module.__dict__
+            or module._compiled_call_impl is not None
+            or module._backward_hooks
+            or module._backward_pre_hooks
+        ):
+            return None
+    if conv._forward_hooks or norm._forward_pre_hooks or any(_GLOBAL_BACKWARD_HOOKS):
+        return None
+    return norm if is_frozen(norm) else None
+
+
+# They wrap tensors between layers, as a module's own backward hooks do.
+_GLOBAL_BACKWARD_HOOKS = (
+    nn.modules.module._global_backward_hooks,
+    nn.modules.module._global_backward_pre_hooks,
+)
 
 
 class LeanConv2dAdaptivePadding(LeanConv2d):
@@ -169,18 +222,39 @@ class LeanBatchNorm:
 
     def forward(self, x: Tensor) -> Tensor:
         """See :class:`torch.nn.BatchNorm2d`; shapes as there."""
+        if tracing():
+            return super().forward(x)
         conv = self.__dict__.get('_protune_conv')
-        if conv is not None:
-            folded = conv.__dict__.get('_protune_folds', False)
-            if folded and (tracing() or getattr(x, '_protune_normed_by', None) == id(self)):
-                return x
-        if not is_frozen(self) or self.running_mean is None:
+        if conv is not None and self._is_done(conv, x):
+            return x
+        if not is_frozen(self) or self.running_mean is None or x.shape[1] != self.num_features:
             return super().forward(x)
         wide = torch.promote_types(x.dtype, torch.float32)
-        scale, shift = derived(self, wide, norm_tensors(self), lambda: cast(wide, *affine(self)))
+        scale, shift = derived(
+            self, 'affine', norm_tensors(self), lambda: cast(wide, *affine(self)), (wide, self.eps)
+        )
         column = (-1, *[1] * (x.dim() - 2))
         # Only the scale is kept: nobody asks for its gradient, so the input is not needed.
         return torch.addcmul(shift.view(column), x.to(wide), scale.view(column)).to(x.dtype)
+
+    def _is_done(self, conv: nn.Module, x: Tensor) -> bool:
+        """Whether the convolution before has computed this norm.
+
+        Raises:
+            RuntimeError: it has, but something else came here.
+        """
+        norm, version = getattr(x, '_protune_normed_by', (None, None))
+        pending, thread = conv.__dict__['_protune_pending'], threading.get_ident()
+        done = norm is self and version == version_of(x)
+        if not done and thread in pending:
+            pending.discard(thread)
+            raise RuntimeError(
+                f'a frozen {type(self).__name__} was computed along with the convolution before '
+                'it, but then got another tensor than that convolution returned, or one changed '
+                'in place: change neither, or use lean=False'
+            )
+        pending.discard(thread)
+        return done
 
 
 CHEAP = 150
@@ -203,7 +277,7 @@ def pays(module: nn.Module, recipe: Recipe, tensors: list[Tensor], limit: float 
 
 
 def linear(
-    module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None, name: str = ''
+    module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None, name: str = 'weights'
 ) -> Tensor:
     """Apply a frozen linear layer that casts its weights once and whose output can be rebuilt.
 
@@ -214,22 +288,25 @@ def linear(
         bias: (C_out), or None.
         name: tells the linear layers of one module apart.
     """
-    dtype = compute_dtype(x)
+    dtype = dtype_of_weights(module, x, weight)
     if weight.dtype != dtype:
         stock = (weight, bias)
-        weight, bias = derived(module, (name, dtype), stock, lambda: cast(dtype, *stock))
+        weight, bias = derived(module, name, stock, lambda: cast(dtype, *stock), (dtype,))
+    given = cast_input(x, dtype)
     with without_autocast(x):
         if tracing():
-            return F.linear(x.to(dtype), weight, bias)
-        out = frozen_linear(x.to(dtype), weight, bias)
+            return F.linear(given, weight, bias)
+        out = frozen_linear(given, weight, bias)
     if not keeps(x):
         return out
     before = recipe_of(x)
     base = None if before else Kept(x)
+    kept_weight, kept_bias = Kept(weight), None if bias is None else Kept(bias)
 
     def make() -> list[Tensor]:
         source = before.take(0) if before else base.get()
-        return [frozen_linear(source.to(dtype), weight, bias)]
+        constants = kept_weight.get(), None if kept_bias is None else kept_bias.get()
+        return [frozen_linear(source.to(dtype), *constants)]
 
     kept = before.kept if before else x.numel() * x.element_size()
     cost = out.numel() * weight.shape[1] + (before.cost if before else 0)
@@ -262,11 +339,14 @@ def layer_norm(module: nn.Module, x: Tensor) -> Tensor:
     else:
         out = F.layer_norm(x, shape, weight, bias, eps)
     base = Kept(x)
+    constants = [None if t is None else Kept(t) for t in (weight, bias)]
+
+    def make() -> list[Tensor]:
+        given = (None if t is None else t.get() for t in constants)
+        return [F.layer_norm(base.get().to(wide), shape, *given, eps)]
+
     # The norm keeps its input whatever becomes of its output: the recipe keeps nothing more.
-    return attach(
-        out,
-        Recipe(lambda: [F.layer_norm(base.get().to(wide), shape, weight, bias, eps)], 0, x.numel()),
-    )
+    return attach(out, Recipe(make, 0, x.numel()))
 
 
 class LeanLayerNorm:

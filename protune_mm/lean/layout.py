@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .derived import tracing
-from .masks import is_channels_last
+from .masks import is_channels_last, to_channels_last
 
 _FAST_ON_CPU = (torch.float32, torch.bfloat16)
 
@@ -20,16 +20,28 @@ def wants_channels_last(channels_last: bool | None, x: object) -> bool:
     Args:
         channels_last: the option. None: on the CPU, where oneDNN is faster on them
             (docs/benchmark/speed.md).
-        x: the first argument of the backbone.
+        x: an argument of the backbone.
     """
-    if channels_last is False or not isinstance(x, Tensor) or x.dim() != 4 or tracing():
+    if not channels_last and channels_last is not None:
+        return False
+    if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point() or tracing():
         return False
     return bool(channels_last) or (x.device.type == 'cpu' and x.dtype in _FAST_ON_CPU)
 
 
-def to_channels_last(x: Tensor) -> Tensor:
-    """The same numbers, channels next to each other in memory."""
-    return x.contiguous(memory_format=torch.channels_last)
+def inputs_channels_last(channels_last: bool | None, args: tuple, kwargs: dict) -> tuple | None:
+    """The arguments of a backbone, images in channels-last memory.
+
+    Returns:
+        tuple: ``args`` and ``kwargs``. None: the backbone does not run on channels-last maps.
+    """
+    if not any(wants_channels_last(channels_last, x) for x in (*args, *kwargs.values())):
+        return None
+
+    def change(x: Any) -> Any:
+        return to_channels_last(x) if wants_channels_last(channels_last, x) else x
+
+    return tuple(map(change, args)), {name: change(x) for name, x in kwargs.items()}
 
 
 def to_stock(out: Any) -> Any:

@@ -120,6 +120,11 @@ def is_channels_last(x: Tensor) -> bool:
     )
 
 
+def to_channels_last(x: Tensor) -> Tensor:
+    """The same numbers, channels next to each other in memory."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 def _in_memory_order(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1) if is_channels_last(x) else x.contiguous()
 

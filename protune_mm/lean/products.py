@@ -66,7 +66,8 @@ class _FrozenLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """See :func:`linear`."""
         ctx.save_for_backward(weight)
-        return linear(x, weight, bias)
+        # ``data``, because autograd forbids in-place changes of a function's output that is a view.
+        return linear(x, weight, bias).data
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
