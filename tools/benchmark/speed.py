@@ -37,6 +37,8 @@ from mmengine.registry import MODELS
 
 import protune_mm
 
+STOCK_LAST = 'Pro-tuning, lean off, channels-last'
+"""What anybody can do with stock layers: convert the weights and the image."""
 INFERENCE_BASELINE = 'inference, lean off'
 INFERENCE = {INFERENCE_BASELINE: False, 'inference, lean': True}
 SIZES = {**dict.fromkeys(DETECTORS, (800, 1333)), **dict.fromkeys(SEGMENTORS, (512, 512))}
@@ -69,7 +71,7 @@ def main() -> None:
 def measure(name: str, args: object) -> list[dict]:
     """Time every row of one model, one step each in turn."""
     steps: dict[str, Callable[[], None]] = {}
-    for row in backbone_rows() if name in BACKBONES else ROWS:
+    for row in [*backbone_rows(), STOCK_LAST] if name in BACKBONES else ROWS:
         step = prepare(name, row, args)
         if step is not None:
             steps[row] = step
@@ -98,12 +100,15 @@ def measure(name: str, args: object) -> list[dict]:
 def prepare(name: str, row: str, args: object) -> Callable[[], None] | None:
     """A function that does one step: forward, backward, and SGD without momentum."""
     if name in BACKBONES:
-        model = backbone(name, row)
+        model = backbone(name, BASELINE if row == STOCK_LAST else row)
         if model is None or row == 'head-only':
             return None  # Nothing of a backbone alone trains.
         model.to(args.device)
         generator = torch.Generator().manual_seed(0)
         image = torch.randn(args.batch or 1, 3, 256, 256, generator=generator).to(args.device)
+        if row == STOCK_LAST:
+            model.to(memory_format=torch.channels_last)
+            image = image.contiguous(memory_format=torch.channels_last)
 
         def forward() -> list[torch.Tensor]:
             out = model(image)
