@@ -1,11 +1,12 @@
 """How a stage's output becomes a map (B, C, H, W) for a prompt, and back.
 
-Two layouts cover the backbones of the three libraries: feature maps, and tokens whose grid is
-either an argument of the block or known to the patch embedding only.
+Most blocks return a feature map, or tokens whose grid is an argument of the block or known to the
+patch embedding only; the other layouts serve a few designs each.
 """
 
 from __future__ import annotations
 
+import math
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ _grid: ContextVar[tuple[int, int] | None] = ContextVar('protune_mm_patch_grid', 
 
 
 class PatchGrid:
-    """Mixin for a patch embedding that returns ``(tokens, (H, W))``: remembers the grid.
+    """Mixin for a patch embedding, which returns ``(tokens, (H, W))``: remembers the grid.
 
     Blocks of a plain ViT receive tokens alone, so their prompts ask here. A context variable
     serves threads that encode images of different shapes with one model.
@@ -29,6 +30,12 @@ class PatchGrid:
         out = super().forward(*args, **kwargs)
         if isinstance(out, tuple) and len(out) == 2 and len(out[1]) == 2:
             _grid.set((int(out[1][0]), int(out[1][1])))
+        elif isinstance(out, Tensor) and hasattr(self, 'patch_size'):
+            # It returns patches alone: the size of the image tells how many.
+            size = self.patch_size
+            height, width = size if isinstance(size, tuple | list) else (size, size)
+            image = args[0] if args else next(iter(kwargs.values()))
+            _grid.set((image.shape[2] // height, image.shape[3] // width))
         return out
 
 
@@ -59,10 +66,7 @@ class Tokens:
         """Return the prompted output, of the shape of ``out``."""
         if not isinstance(out, Tensor) or out.ndim != 3:
             raise TypeError(unexpected_output(site.name, out, 'a (B, L, C) tensor of tokens'))
-        if self.grid_argument:
-            grid = kwargs['hw_shape'] if 'hw_shape' in kwargs else args[1]
-        else:
-            grid = _grid.get()
+        grid = self.find_grid(site, out, args, kwargs)
         if grid is None:
             raise RuntimeError(
                 f"stage '{site.name}': no patch grid is known in this thread; call the backbone, "
@@ -91,6 +95,93 @@ class Tokens:
             return torch.cat((extra, new), dim=1)
         return torch.cat((made_extra if site.series else extra + made_extra, new), dim=1)
 
+    def find_grid(self, site: Site, out: Tensor, args: tuple, kwargs: dict) -> tuple | None:
+        """Height and width of the patches, or None where nobody knows them."""
+        if self.grid_argument:
+            return kwargs['hw_shape'] if 'hw_shape' in kwargs else args[1]
+        return _grid.get()
+
+
+@dataclass(frozen=True)
+class TokensWithSizes(Tokens):
+    """Tokens whose grid is a block's second and third argument, two integers."""
+
+    grid_argument: bool = True
+
+    def find_grid(self, site: Site, out: Tensor, args: tuple, kwargs: dict) -> tuple:
+        """See :class:`Tokens`."""
+        return args[1], args[2]
+
+
+@dataclass(frozen=True)
+class TokensOfGrid(Tokens):
+    """Tokens of a backbone that takes images of one size: its grid is known when it is built.
+
+    Attributes:
+        grid: height and width. None: the patches are a square.
+    """
+
+    grid_argument: bool = True
+    grid: tuple[int, int] | None = None
+
+    def find_grid(self, site: Site, out: Tensor, args: tuple, kwargs: dict) -> tuple:
+        """See :class:`Tokens`."""
+        side = math.isqrt(out.shape[1] - site.extra)
+        return self.grid or (side, side)
+
+
+@dataclass(frozen=True)
+class PatchMaps:
+    """Block output ``(B, H*W, P, P, C)``: a map of PxP pixels for each patch; HiViT's."""
+
+    def join(self, site: Site, prompt: nn.Module, out: Tensor, args: tuple, kwargs: dict) -> Tensor:
+        """Return the prompted output, of the shape of ``out``."""
+        height, width = _grid.get()
+        batch, _, side, _, channels = out.shape
+        patches = out.reshape(batch, height, width, side, side, channels)
+        pixels = patches.permute(0, 5, 1, 3, 2, 4)
+        made = prompt(pixels.reshape(batch, channels, height * side, width * side))
+        made = made.reshape(batch, channels, height, side, width, side)
+        made = made.permute(0, 2, 4, 3, 5, 1).reshape(out.shape)
+        return made if site.series else out + made
+
+
+@dataclass(frozen=True)
+class LastMaps:
+    """Block output ``(B, H, W, C)``."""
+
+    def join(self, site: Site, prompt: nn.Module, out: Tensor, args: tuple, kwargs: dict) -> Tensor:
+        """Return the prompted output, of the shape of ``out``."""
+        if not isinstance(out, Tensor) or out.ndim != 4:
+            raise TypeError(unexpected_output(site.name, out, 'a (B, H, W, C) tensor'))
+        made = prompt(out.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return made if site.series else out + made
+
+
+@dataclass(frozen=True)
+class Item:
+    """Block output that is a tuple or list, one item of which the prompt takes.
+
+    Attributes:
+        index: which.
+        layout: of that item.
+        grid_index: the item that is the grid of tokens; None: the layout knows it.
+    """
+
+    index: int
+    layout: Maps | Tokens
+    grid_index: int | None = None
+
+    def join(
+        self, site: Site, prompt: nn.Module, out: tuple | list, args: tuple, kwargs: dict
+    ) -> tuple | list:
+        """Return the output with one item prompted."""
+        if self.grid_index is not None:
+            args, kwargs = (args[0], tuple(out[self.grid_index])), {}
+        items = list(out)
+        items[self.index] = self.layout.join(site, prompt, out[self.index], args, kwargs)
+        return type(out)(items)
+
 
 @dataclass(frozen=True)
 class Unknown:
@@ -109,7 +200,7 @@ class Unknown:
 
 
 EXPECTED = 'a (B, C, H, W) tensor, or (B, L, C) tokens'
-Layout = Maps | Tokens | Unknown
+Layout = Maps | LastMaps | PatchMaps | Tokens | Item | Unknown
 
 
 @dataclass(frozen=True)
@@ -122,6 +213,7 @@ class Site:
         channels: channels C of the block's output.
         layout: how the output becomes a map.
         series: the prompt replaces the output (the paper's last block) instead of being added.
+        embedding: name of the backbone's submodule that knows the grid of tokens.
         extra: number of extra tokens before the patch tokens.
         extra_tokens: what extra tokens receive: ``'keep'`` nothing, ``'map'`` their own prompt as
             maps of one pixel, ``'mean'`` the mean of the patches' prompt.
@@ -132,6 +224,7 @@ class Site:
     channels: int
     layout: Layout
     series: bool = False
+    embedding: str = 'patch_embed'
     extra: int = 0
     extra_tokens: str = 'keep'
 

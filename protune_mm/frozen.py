@@ -40,6 +40,7 @@ class State:
 
     Attributes:
         options: how it was Pro-tuned.
+        head: names of its submodules that are a classifier, which trains.
         loads: which frozen tensors have received weights.
         initialized: its prompts have been given their start by ``init_weights``.
         contiguous: it runs on contiguous maps: its forward cannot run on others, or nobody has
@@ -47,6 +48,7 @@ class State:
     """
 
     options: Options
+    head: tuple[str, ...] = ()
     loads: LoadRecord = field(default_factory=LoadRecord)
     initialized: bool = False
     contiguous: bool = False
@@ -97,12 +99,16 @@ class ProTunedBackbone:
         in evaluation mode, prompts included, so the prompts are set after it. Prompts that were
         frozen from outside (a teacher's) stay so.
         """
-        wanted = {p: p.requires_grad for p in tuned_parameters(self).values()}
+        trained = (*prompts(self).values(), *heads(self).values())
+        wanted = {p: p.requires_grad for module in trained for p in module.parameters()}
         super().train(False)
         for parameter, requires_grad in wanted.items():
             parameter.requires_grad_(requires_grad)
-        for prompt in prompts(self).values():
-            prompt.train(mode)
+        for module in (*prompts(self).values(), *heads(self).values()):
+            module.train(mode)
+        family = find_family(stock_type(self))
+        for name in family.forks(self) if family else ():
+            self.get_submodule(name).training = mode
         # Weights written past autograd's version counter, as an EMA swap does, count from here.
         forget(self)
         return self
@@ -198,7 +204,7 @@ def backbones(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def frozen_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every frozen parameter and buffer of a model: all that its backbones hold but prompts.
+    """Every frozen parameter and buffer: all that backbones hold but prompts and classifiers.
 
     Args:
         model: a backbone or anything that contains one.
@@ -207,7 +213,7 @@ def frozen_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         tuple[str, Tensor]: dotted name inside ``model``, and the tensor itself.
     """
     for prefix, backbone in backbones(model).items():
-        skip = prompts(backbone)
+        skip = {**prompts(backbone), **heads(backbone)}
         for module_name, module in backbone.named_modules(prefix=prefix):
             relative = module_name[len(prefix) :].lstrip('.')
             if any(relative == name or relative.startswith(f'{name}.') for name in skip):
@@ -219,10 +225,16 @@ def frozen_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f'{module_name}.{key}'.lstrip('.'), tensor
 
 
+def heads(backbone: nn.Module) -> dict[str, nn.Module]:
+    """Dotted name to each submodule of a backbone that is a classifier, and so trains."""
+    return {name: backbone.get_submodule(name) for name in backbone._protune.head}
+
+
 def frozen_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Dotted name and module of every frozen module: all in a model's backbones but prompts."""
+    """Dotted name and module of every frozen module of a model's backbones."""
     for prefix, backbone in backbones(model).items():
-        tuned = {id(m) for prompt in prompts(backbone).values() for m in prompt.modules()}
+        trained = (*prompts(backbone).values(), *heads(backbone).values())
+        tuned = {id(m) for module in trained for m in module.modules()}
         for name, module in backbone.named_modules(prefix=prefix):
             if id(module) not in tuned:
                 yield name, module
@@ -237,14 +249,16 @@ def freeze(module: nn.Module, options: Options, weights_given: bool) -> None:
         weights_given: it holds its pre-trained weights already.
     """
     add_mixin(module, ProTunedBackbone)
-    module._protune = State(options, LoadRecord(given=weights_given))
-    if find_family(stock_type(module)) is None:
+    family = find_family(stock_type(module))
+    head = tuple(family.head(module)) if family else ()
+    module._protune = State(options, head, LoadRecord(given=weights_given))
+    if family is None:
         # A user's own may call operations that read memory as if it were contiguous: it is asked
         # for by lean=dict(channels_last=True).
         module._protune.contiguous = options.lean is not None and options.lean.channels_last is None
     module.requires_grad_(False)
-    for prompt in prompts(module).values():
-        prompt.requires_grad_(True)
+    for trained in (*prompts(module).values(), *heads(module).values()):
+        trained.requires_grad_(True)
     module.train(module.training)
     module.register_load_state_dict_post_hook(_after_load)
 
@@ -257,6 +271,8 @@ def _after_load(module: nn.Module, incompatible: Any) -> None:
     loads = module._protune.loads
     mine = [f'{loads.prefix}{name}' for name in tuned_parameters(module)]
     missing = set(incompatible.missing_keys)
+    # Some layers keep what they computed from their weights when they were last told the mode.
+    module.train(any(prompt.training for prompt in prompts(module).values()))
     loads.note([name for name, _ in frozen_tensors(module)], missing, incompatible.unexpected_keys)
     if mine and missing.issuperset(mine):
         keep = [key for key in incompatible.missing_keys if key not in set(mine)]

@@ -11,12 +11,12 @@ from mmengine.config import ConfigDict
 from mmengine.logging import print_log
 from torch import nn
 
-from .features import PatchGrid, Site, Tokens, Unknown
+from .features import Item, PatchGrid, PatchMaps, Site, Tokens, Unknown
 from .frozen import Options, PromptedBlock, ProTunedBackbone, freeze
 from .lean import lean_options, make_lean
 from .probe import probe_channels
 from .registry import PROMPTS
-from .stages import Stage, find_family, known_families
+from .stages import Stage, find_family, known_families, refusal
 from .subclass import add_mixin, stock_type
 
 DEFAULT_PROMPT = dict(type='ProTuningBlock', ratio=8, last='residual', extra_tokens='map')
@@ -83,6 +83,9 @@ def protune(
             f'this {type(module).__name__} is Pro-tuned already, with {module._protune.options}; '
             f'it cannot be Pro-tuned again with {options}: build the stock backbone anew'
         )
+    reason = refusal(stock_type(module))
+    if reason and policy != 'full':
+        raise ValueError(f'{type(module).__name__} cannot be Pro-tuned: {reason}')
     inner = next((n for n, m in module.named_modules() if isinstance(m, ProTunedBackbone)), None)
     if inner is not None:
         raise ValueError(f"submodule '{inner}' is Pro-tuned already: Pro-tune one level only")
@@ -90,8 +93,10 @@ def protune(
         return module
     sites = _sites(module, options) if policy == 'prompts' else []
     # Everything that can fail on bad input is done before the module is touched.
-    prompts = [_build_prompt(site, options.prompt) for site in sites]
+    prompts = _build_prompts(module, sites, options, _names_ratio(prompt))
     likes = [_home(module.get_submodule(site.block)) for site in sites]
+    # Some stock layers prepare what evaluation needs when they are told of it.
+    module.train(False)
     if lean_as is not None:
         # Before the prompts: a prompted layer runs its lean form, then its prompt.
         make_lean(module, lean_as, {module.get_submodule(site.block) for site in sites})
@@ -121,6 +126,41 @@ def _prompt_config(prompt: str | dict | None) -> dict:
                 f"prompt.{key}='{config[key]}' is unknown: use one of {', '.join(choices)}"
             )
     return config
+
+
+SHARE = 0.08
+"""Part of a backbone's parameters that prompts after its stages have at most by default."""
+RATIOS = (8, 12, 16, 24, 32, 48, 64)
+
+
+def _names_ratio(prompt: str | dict | None) -> bool:
+    """Whether the user chose how wide prompts are, by the ratio or by another prompt type."""
+    return isinstance(prompt, dict) and ('ratio' in prompt or 'type' in prompt)
+
+
+def _build_prompts(
+    module: nn.Module, sites: list[Site], options: Options, ratio_given: bool
+) -> list[nn.Module]:
+    """Prompts for all sites; narrower than the default ratio where they would be too large."""
+    if ratio_given or options.stages is not None:
+        return [_build_prompt(site, options.prompt) for site in sites]
+    budget = SHARE * sum(p.numel() for p in module.parameters())
+    for ratio in RATIOS:
+        # At least one channel each.
+        built = [
+            _build_prompt(site, {**options.prompt, 'ratio': min(ratio, site.channels)})
+            for site in sites
+        ]
+        size = sum(p.numel() for prompt in built for p in prompt.parameters())
+        if size <= budget:
+            break
+    if ratio != options.prompt['ratio']:
+        print_log(
+            f'{type(module).__name__}: prompts have ratio {ratio}, so that they stay within '
+            f'{SHARE:.0%} of its parameters; prompt=dict(ratio={options.prompt["ratio"]}) for more',
+            logger='current',
+        )
+    return built
 
 
 def _build_prompt(site: Site, config: dict) -> nn.Module:
@@ -158,12 +198,13 @@ def _attach(module: nn.Module, site: Site, prompt: nn.Module) -> None:
     add_mixin(block, PromptedBlock)
     block.prompt = prompt
     block._protune_site = site
-    needs_grid = isinstance(site.layout, Unknown) or (
-        isinstance(site.layout, Tokens) and not site.layout.grid_argument
+    layout = site.layout.layout if isinstance(site.layout, Item) else site.layout
+    needs_grid = isinstance(layout, Unknown | PatchMaps) or (
+        isinstance(layout, Tokens) and not layout.grid_argument
     )
-    has_grid = isinstance(getattr(module, 'patch_embed', None), nn.Module)
-    if needs_grid and has_grid and not isinstance(module.patch_embed, PatchGrid):
-        add_mixin(module.patch_embed, PatchGrid)
+    embedding = getattr(module, site.embedding, None)
+    if needs_grid and isinstance(embedding, nn.Module) and not isinstance(embedding, PatchGrid):
+        add_mixin(embedding, PatchGrid)
 
 
 def _sites(module: nn.Module, options: Options) -> list[Site]:
@@ -175,7 +216,6 @@ def _sites(module: nn.Module, options: Options) -> list[Site]:
             "its stages, stages=['layer1', ...], or add a row to protune_mm/stages.py"
         )
     table = family.split(module) if family else []
-    layout = family.layout if family else Unknown()
     chosen = _choose(module, table, options.stages)
     last_block = table[-1].blocks[-1] if table else chosen[-1][1]
     known = family is not None
@@ -194,15 +234,16 @@ def _sites(module: nn.Module, options: Options) -> list[Site]:
         site = Site(
             name=name,
             block=path,
-            channels=family.channels(block) if known else 0,
-            layout=layout,
+            channels=family.channels(block) if known and family.channels else 0,
+            layout=family.layout_of(module, block) if known else Unknown(),
             series=options.prompt['last'] == 'series' and path == last_block,
         )
         if known:
             read = path == last_block and family.reads_extra(module)
             site = replace(
                 site,
-                extra=family.count_extra(module),
+                embedding=family.embedding,
+                extra=family.count_extra(module, block),
                 extra_tokens=options.prompt['extra_tokens'] if read else 'keep',
             )
         sites.append(site)

@@ -29,11 +29,15 @@ ROOT = Path(__file__).parent.parent
 STOCK_TOOLS = {
     m.__name__: Path(m.__file__).parent / '.mim/tools' for m in (mmdet, mmseg, mmpretrain)
 }
-EXAMPLES = [
+EVERY = [
     pytest.param(library, family, id=f'{library}-{family.name}')
     for family in FAMILIES
     for library in family.examples
 ]
+"""The whole stage table: for tests of seconds in all."""
+SAMPLE = ('ResNet', 'MobileNetV2', 'ConvNeXt', 'SwinTransformer', 'VisionTransformer')
+EXAMPLES = [param for param in EVERY if param.values[1].name in SAMPLE]
+"""One family of each kind, for tests that take longer."""
 
 
 def example(library, family):
@@ -75,7 +79,7 @@ def flat(outputs):
     """All tensors of a backbone's output, in order."""
     if isinstance(outputs, torch.Tensor):
         return [outputs]
-    return [tensor for output in outputs for tensor in flat(output)]
+    return [tensor for output in outputs if output is not None for tensor in flat(output)]
 
 
 def image(batch=2, height=64, width=96):

@@ -1,0 +1,54 @@
+"""The stage table: where the stages of each backbone family end. One row a family.
+
+To add a backbone, add one :class:`Family` to :data:`FAMILIES`; the tests run over the table, with
+the row's own example configs. See docs/add_a_backbone.md.
+"""
+
+from __future__ import annotations
+
+from .family import Family, Stage
+from .maps import MAPS
+from .paths import PATHS
+from .refused import REFUSED
+from .tokens import TOKENS
+
+__all__ = ['FAMILIES', 'LIBRARIES', 'Family', 'Stage', 'find_family', 'known_families', 'refusal']
+
+LIBRARIES = ('mmdet', 'mmseg', 'mmpretrain')
+FAMILIES: tuple[Family, ...] = (*MAPS, *TOKENS, *PATHS)
+
+
+def find_family(backbone_type: type) -> Family | None:
+    """Row of a backbone class: of itself, else of the nearest parent that has one.
+
+    Only backbone classes of the three libraries match by name, so that a user's own class that
+    merely shares a name with one is not taken for it.
+
+    Args:
+        backbone_type: class of the stock backbone.
+
+    Returns:
+        Family, or None where no class in the MRO has a row.
+    """
+    rows = {family.name: family for family in FAMILIES}
+    for parent in backbone_type.__mro__:
+        if _is_theirs(parent) and '.backbones.' in parent.__module__ and parent.__name__ in rows:
+            return rows[parent.__name__]
+    return None
+
+
+def refusal(backbone_type: type) -> str | None:
+    """Why a backbone class, or a parent of it, cannot be Pro-tuned; None where it can."""
+    for parent in backbone_type.__mro__:
+        if _is_theirs(parent) and parent.__name__ in REFUSED:
+            return REFUSED[parent.__name__]
+    return None
+
+
+def known_families() -> str:
+    """Names of the rows, for messages."""
+    return ', '.join(family.name for family in FAMILIES)
+
+
+def _is_theirs(kind: type) -> bool:
+    return kind.__module__.split('.')[0] in LIBRARIES
