@@ -213,7 +213,7 @@ def _sites(module: nn.Module, options: Options) -> list[Site]:
     if family is None and not isinstance(options.stages, list | tuple):
         raise ValueError(
             f'{type(module).__name__} is of no known backbone family ({known_families()}): name '
-            "its stages, stages=['layer1', ...], or add a row to protune_mm/stages.py"
+            "its stages, stages=['layer1', ...], or add a row: docs/add_a_backbone.md"
         )
     table = family.split(module) if family else []
     chosen = _choose(module, table, options.stages)

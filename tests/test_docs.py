@@ -9,6 +9,7 @@ from mmengine.registry import MODELS
 import protune_mm
 from protune_mm import stages
 from protune_mm.registry import PROMPTS
+from protune_mm.stages import maps
 from tests.conftest import ROOT, flat, image
 
 DOCS = [ROOT / 'README.md', *sorted((ROOT / 'docs').rglob('*.md'))]
@@ -45,10 +46,10 @@ def test_the_prompt_of_the_document_works():
 
 
 def test_the_backbone_row_of_the_document_works(monkeypatch):
-    code = added('add_a_backbone.md', 'tuple[Family, ...] = (', "'ResNet',")
-    scope = dict(vars(stages))
+    code = added('add_a_backbone.md', 'MAPS: tuple[Family, ...] = (', "'ResNet',")
+    scope = dict(vars(maps))
     row = eval(code.strip().rstrip(','), scope)
-    monkeypatch.setattr(stages, 'FAMILIES', (row, *stages.FAMILIES))
+    monkeypatch.setattr(stages, 'FAMILIES', (*stages.FAMILIES, row))
     config = dict(row.examples['mmpretrain'])
     kind = f'mmpretrain.{config.pop("type")}'
     torch.manual_seed(0)

@@ -132,16 +132,18 @@ def plain(layers: str = 'layers', inner: str = '') -> Callable[[nn.Module], list
     return split
 
 
-def by_stride(backbone: nn.Module, groups: dict[int, tuple[str, ...]]) -> list[Stage]:
+def by_stride(
+    backbone: nn.Module, groups: dict[int, tuple[str, ...]], dilated: bool = False
+) -> list[Stage]:
     """Rule of mobile nets: a stage ends where the resolution changes or a neck reads.
 
     What keeps the stem's resolution belongs to the stem and ends a stage only where a neck reads
-    it, as in ResNet, whose first stage ends at stride 4. Dilation counts as a change: it stands
-    for a stride.
+    it, as in ResNet, whose first stage ends at stride 4.
 
     Args:
         backbone: has ``out_indices``.
         groups: index of an output to the dotted names of the blocks that lead to it.
+        dilated: a change of dilation counts too: it stands for a stride.
     """
     last_read = max(backbone.out_indices)
     items = [(i, names) for i, names in groups.items() if i <= last_read]
@@ -155,7 +157,7 @@ def by_stride(backbone: nn.Module, groups: dict[int, tuple[str, ...]]) -> list[S
         if not last:
             stride, dilation = _geometry(backbone.get_submodule(items[position + 1][1][0]))
             here = _geometry(backbone.get_submodule(names[-1]))[1]
-            changes = after_stem and (stride != 1 or dilation != here)
+            changes = after_stem and (stride != 1 or (dilated and dilation != here))
         if last or i in backbone.out_indices or changes:
             stages.append(Stage(_container(names), since))
             since = ()

@@ -45,13 +45,13 @@ def _mobilenet_v2(backbone: nn.Module) -> list[Stage]:
 
 
 def _mobilenet_v3(backbone: nn.Module) -> list[Stage]:
-    # The first and the last layer are plain convolutions.
+    # The first and the last layer are plain convolutions. mmseg dilates strides away.
     blocks = {
         i: (name,)
         for i, name in enumerate(backbone.layers)
         if hasattr(backbone.get_submodule(name), 'linear_conv')
     }
-    return by_stride(backbone, blocks)
+    return by_stride(backbone, blocks, dilated=True)
 
 
 def _efficientnet(backbone: nn.Module) -> list[Stage]:

@@ -1,0 +1,465 @@
+"""Try Pro-tuning on every stock config of the installed libraries.
+
+    python tools/coverage.py                                  # all, on all cores; goes on where it stopped
+    python tools/coverage.py --library mmseg --backbone HRNet
+    python tools/coverage.py --table                          # draw the table from what is known
+
+For each config: does the rewritten config build? For each distinct backbone: outputs at the start,
+gradients, freeze, lean layers, size of the prompts. Writes a JSON line a job into --work-dir, and
+docs/coverage.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import hashlib
+import importlib
+import itertools
+import json
+import logging
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from mmengine.registry import MODELS, DefaultScope
+from torch import nn
+
+import protune_mm
+from protune_mm.compat import stack_versions
+from protune_mm.config import config_backbones
+from protune_mm.frozen import frozen_tensors, heads
+from protune_mm.stages import LIBRARIES
+
+LIMIT = 0.08
+SIZES = ((64, 96), (96, 160), (224, 224), (256, 256), (192, 192), (384, 384), (512, 512))
+"""Heights and widths to try, in pixels: not square first, then the native sizes."""
+WITHOUT_STRUCTURE = (
+    'init_cfg',
+    'frozen_stages',
+    'norm_eval',
+    'with_cp',
+    'pretrained',
+    'convert_weights',
+)
+"""Arguments of backbones that do not change their layers."""
+PRETRAINING = (
+    'MAE', 'iTPN', 'MoCoV3', 'SimMIM', 'SparK', 'BEiT', 'SimCLR', 'BarlowTwins', 'MFF', 'SimSiam',
+    'BYOL', 'CAE', 'DenseCL', 'EVA', 'MaskFeat', 'MILAN', 'MixMIM', 'MoCo', 'SwAV',
+)  # fmt: skip
+"""Model types that pre-train a backbone: nobody tunes one in them."""
+
+
+def main() -> None:
+    args = parse_args()
+    folder = Path(args.work_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    results = folder / 'results.jsonl'
+    known = {row['key']: row for row in read(results)}
+    libraries = [args.library] if args.library else LIBRARIES
+    files = [f'{name}::{path}' for name in libraries for path in config_files(name)]
+    if args.table:
+        rows = list(known.values())
+    else:
+        with multiprocessing.get_context('spawn').Pool(args.jobs, start_worker) as pool:
+            configs = work(pool, read_config, [('config', f) for f in files], known, results)
+            configs = [row for row in configs if chosen(row, args.backbone)]
+            if args.sample:
+                configs = sample(configs, args.sample)
+            models, backbones = {}, {}
+            for row in configs:
+                if row.get('model'):
+                    models[digest(row['model'])] = row['key']
+                for item in row.get('backbones', []):
+                    backbones.setdefault(digest([row['library'], item['structure']]), item)
+            build = [('build', key.partition(' ')[2]) for key in models.values()]
+            rows = work(pool, try_config, build, known, results)
+            check = [('backbone', json.dumps(item, sort_keys=True)) for item in backbones.values()]
+            rows += work(pool, try_backbone, check, known, results)
+            rows += configs
+    text = table(rows)
+    print(text)
+    if not (args.library or args.backbone or args.sample):
+        Path(args.out).write_text(text)
+        print(f'wrote {args.out}')
+    sys.exit(any(row['status'] == 'failed' for row in rows))
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--library', choices=LIBRARIES, help='only its configs')
+    parser.add_argument('--backbone', help='only configs with a backbone of this type')
+    parser.add_argument('--sample', type=int, help='only so many configs, evenly spread')
+    parser.add_argument(
+        '--jobs', type=int, default=os.cpu_count(), help='processes; default: cores'
+    )
+    parser.add_argument('--table', action='store_true', help='run nothing, draw the table')
+    parser.add_argument('--work-dir', default='work_dirs/coverage', help='folder of the results')
+    parser.add_argument('--out', default='docs/coverage.md', help='the table of a full run')
+    return parser.parse_args()
+
+
+def config_files(library: str) -> list[str]:
+    """Names of all configs that a library ships, below its folder of configs."""
+    root = Path(importlib.import_module(library).__file__).parent / '.mim/configs'
+    found = (str(path.relative_to(root)) for path in sorted(root.rglob('*.py')))
+    return [name for name in found if '_base_' not in name and '__init__' not in name]
+
+
+def read(path: Path) -> Iterator[dict]:
+    """Results so far; a line that was cut off is done again."""
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            yield json.loads(line)
+
+
+def work(pool: object, run: object, jobs: list[tuple], known: dict, results: Path) -> list[dict]:
+    """Run the jobs that have no result yet, note each at once, and show how long it will take."""
+    keys = [f'{kind} {what}' for kind, what in jobs]
+    todo = [key for key in keys if key not in known]
+    start = time.time()
+    with results.open('a') as out:
+        for number, row in enumerate(pool.imap_unordered(run, todo), 1):
+            known[row['key']] = row
+            out.write(json.dumps(row) + '\n')
+            out.flush()
+            left = (time.time() - start) / number * (len(todo) - number)
+            note = f': {row["reason"][:150]}' if row['status'] == 'failed' else ''
+            print(f'[{number}/{len(todo)}, {left / 60:.0f} min left] {row["status"]} '
+                  f'{row["key"][:110]}{note}', flush=True)  # fmt: skip
+    return [known[key] for key in keys]
+
+
+def start_worker() -> None:
+    """One thread a process, and no messages of the stack."""
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    warnings.simplefilter('ignore')
+
+
+def digest(value: object) -> str:
+    return hashlib.sha1(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def plain(value: object) -> object:
+    """A config in JSON's types."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, type):
+        return f'{value.__module__}.{value.__qualname__}'
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def result(key: str, status: str, reason: str = '', **more: object) -> dict:
+    return dict(key=key, status=status, reason=reason, **more)
+
+
+def read_config(key: str) -> dict:
+    """What a config's model is, and its backbones."""
+    file = key.partition(' ')[2]
+    library = file.partition('::')[0]
+    row = dict(library=library, file=file)
+    try:
+        cfg = protune_mm.load_config(file)
+        kind = (cfg.get('model') or {}).get('type')
+        items = []
+        for name, backbone in config_backbones(cfg):
+            config = {k: v for k, v in backbone.items() if k not in WITHOUT_STRUCTURE}
+            items.append(
+                dict(name=name, type=plain(backbone['type']), scope=cfg.get('default_scope'),
+                     structure=plain(config))
+            )  # fmt: skip
+        return result(key, 'read', model=plain(cfg.get('model')), model_type=plain(kind),
+                      backbones=items, **row)  # fmt: skip
+    except Exception as error:
+        return result(key, 'unreadable', repr(error)[:300], **row)
+
+
+def chosen(row: dict, backbone: str | None) -> bool:
+    return not backbone or any(
+        item['type'].rpartition('.')[2] == backbone for item in row.get('backbones', [])
+    )
+
+
+def sample(rows: list[dict], count: int) -> list[dict]:
+    """Evenly spread over the configs with a backbone."""
+    usable = [row for row in rows if row.get('backbones')]
+    return usable[:: max(1, len(usable) // count)][:count]
+
+
+@contextlib.contextmanager
+def without_init() -> Iterator[None]:
+    """Leave new weights as they come: what is only built need not be initialized."""
+    names = [n for n in dir(nn.init) if n.endswith('_') and not n.startswith('_')]
+    stock = {name: getattr(nn.init, name) for name in names}
+    for name in names:
+        setattr(nn.init, name, lambda tensor, *args, **kwargs: tensor)
+    try:
+        yield
+    finally:
+        for name, function in stock.items():
+            setattr(nn.init, name, function)
+
+
+def try_config(key: str) -> dict:
+    """Whether the rewritten config builds."""
+    file = key.partition(' ')[2]
+    cfg = protune_mm.load_config(file)
+    if not list(config_backbones(cfg)):
+        return result(key, 'no backbone', file=file)
+    for protune in (True, False):
+        cfg = protune_mm.load_config(file, protune=protune)
+        try:
+            with scope_of(cfg.get('default_scope')), without_init():
+                MODELS.build(cfg.model)
+        except Exception as error:
+            reason = short(error)
+            if protune and 'cannot be Pro-tuned' in reason:
+                return result(key, 'refused', reason, file=file)
+            if not protune:
+                return result(key, 'stock fails', reason, file=file)
+            problem = reason + '\n' + traceback.format_exc(limit=-3)
+            continue
+        if protune:
+            return result(key, 'ok', file=file)
+    return result(key, 'failed', problem, file=file)
+
+
+def scope_of(name: str | None) -> contextlib.AbstractContextManager:
+    return DefaultScope.overwrite_default_scope(name or 'mmengine')
+
+
+def short(error: Exception) -> str:
+    return f'{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ""}'[:400]
+
+
+def try_backbone(key: str) -> dict:
+    """Start, gradients, freeze, lean layers and size of one distinct backbone."""
+    item = json.loads(key.partition(' ')[2])
+    row = dict(type=item['type'], scope=item['scope'])
+    try:
+        with scope_of(item['scope']):
+            problem, facts = check(item['structure'])
+    except Exception as error:
+        if 'cannot be Pro-tuned' in str(error):
+            return result(key, 'refused', short(error), **row)
+        problem, facts = f'{short(error)}\n{traceback.format_exc(limit=-4)}', {}
+        if isinstance(error, StockFails):
+            return result(key, 'stock fails', str(error), **row)
+    return result(key, 'failed' if problem else 'ok', problem or '', **row, **facts)
+
+
+class StockFails(Exception):
+    """The stock backbone does not run here."""
+
+
+def stock_backbone(config: dict) -> nn.Module:
+    """The backbone with weights that are the same each time, none of them uninitialized."""
+    torch.manual_seed(0)
+    try:
+        backbone = MODELS.build(tuples(config))
+    except Exception as error:
+        raise StockFails(short(error)) from error
+    generator = torch.Generator().manual_seed(0)
+    for parameter in backbone.parameters():
+        if parameter.ndim > 1:
+            fan = max(1, parameter[0].numel())
+            parameter.data.normal_(0, fan**-0.5, generator=generator)
+        elif not torch.isfinite(parameter).all() or parameter.numel() == 0:
+            parameter.data.fill_(0.5)
+    backbone.train(False)
+    return backbone.requires_grad_(False)
+
+
+def tuples(config: dict) -> dict:
+    """A copy that building may change. JSON knows lists only, and some classes want tuples."""
+    return json.loads(json.dumps(config))
+
+
+def run(backbone: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return flat(backbone(x))
+
+
+def flat(out: object) -> list[torch.Tensor]:
+    if isinstance(out, torch.Tensor):
+        return [out]
+    if isinstance(out, dict):
+        out = list(out.values())
+    return [t for part in out or () for t in flat(part)] if isinstance(out, list | tuple) else []
+
+
+def picture(backbone: nn.Module) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The first image that the stock backbone takes, and what it returns."""
+    native = getattr(backbone, 'img_size', None)
+    sizes = list(SIZES)
+    if native is not None:
+        pair = tuple(native) if isinstance(native, list | tuple) else (int(native),) * 2
+        sizes.insert(2, pair[-2:])
+    errors = []
+    for channels, size in itertools.product((3, 1), sizes):
+        x = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(1))
+        try:
+            with torch.no_grad():
+                return x, run(backbone, x)
+        except Exception as error:
+            errors.append(short(error))
+    raise StockFails(f'takes none of the images tried: {errors[0]}')
+
+
+def check(config: dict) -> tuple[str, dict]:
+    """Problems of one backbone ('' for none), and facts about it."""
+    stock = stock_backbone(config)
+    keys = set(stock.state_dict())
+    total = sum(p.numel() for p in stock.parameters())
+    x, expected = picture(stock)
+    facts = dict(size=list(x.shape[1:]), parameters=total)
+    problems = []
+
+    tuned = protune_mm.protune(stock, lean=False)
+    with torch.no_grad():
+        got = run(tuned.train(False), x)
+    if [o.shape for o in got] != [o.shape for o in expected]:
+        problems.append('outputs of other shapes than stock')
+    elif not all(torch.equal(a, b) for a, b in zip(expected, got, strict=True)):
+        problems.append('with lean off the start is not that of the stock backbone')
+    own = protune_mm.tuned_parameters(tuned)
+    if keys & set(own):
+        problems.append('a prompt has the name of a stock tensor')
+    facts['prompts'] = sum(p.numel() for p in own.values()) / total
+    if facts['prompts'] > LIMIT:
+        problems.append(f'prompts have {facts["prompts"]:.1%} of the parameters')
+    problems += check_training(tuned, x)
+    del tuned, stock
+
+    lean = protune_mm.protune(stock_backbone(config), lean=True).train(False)
+    with torch.no_grad():
+        got = run(lean, x)
+    facts['lean_error'] = error = difference(expected, got)
+    if not error <= 1e-5:
+        # Rounding, or a mistake? In float64 the two tell themselves apart.
+        stock = stock_backbone(config).double()
+        with torch.no_grad(), contextlib.suppress(RuntimeError):
+            exact = run(stock, x.double())
+            lean = protune_mm.protune(stock, lean=True).train(False)
+            facts['lean_error'] = error = difference(exact, run(lean, x.double()))
+            facts['lean_dtype'] = 'float64'
+        if not error <= (1e-9 if 'lean_dtype' in facts else 1e-3):
+            problems.append(f'lean layers differ by {error:.1e}')
+    return '; '.join(problems), facts
+
+
+def difference(expected: list[torch.Tensor], got: list[torch.Tensor]) -> float:
+    """Largest difference, as a part of the largest number of each output."""
+    return max(
+        ((a - b).abs().max() / a.abs().max().clamp_min(1e-30)).item()
+        for a, b in zip(expected, got, strict=True)
+    )
+
+
+def check_training(tuned: nn.Module, x: torch.Tensor) -> list[str]:
+    """One step with prompts that matter: who got a gradient, and what moved."""
+    generator = torch.Generator().manual_seed(2)
+    own = protune_mm.tuned_parameters(tuned)
+    for parameter in own.values():
+        parameter.data.normal_(0, 0.1, generator=generator)
+    tuned.train()
+    before = {name: tensor.clone() for name, tensor in frozen_tensors(tuned)}
+    trained = {f'{n}.{k}' for n, m in heads(tuned).items() for k, _ in m.named_parameters()}
+    loss = sum(o.float().square().mean() for o in run(tuned, x) if o.requires_grad)
+    loss.backward()
+    problems = []
+    for name, parameter in tuned.named_parameters():
+        if name in own and (parameter.grad is None or not parameter.grad.any()):
+            problems.append(f'no gradient at {name}')
+        elif name not in own and name not in trained and parameter.grad is not None:
+            problems.append(f'a gradient at {name}, which is frozen')
+    torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], 0.1).step()
+    tuned.train()
+    moved = [n for n, t in frozen_tensors(tuned) if not torch.equal(t, before[n])]
+    problems += [f'{name} moved' for name in moved]
+    return problems[:3]
+
+
+def table(rows: list[dict]) -> str:
+    """The document."""
+    configs = [row for row in rows if row['key'].startswith('config ') and row.get('backbones')]
+    built = {row['file']: row for row in rows if row['key'].startswith('build ')}
+    by_model = {digest(r['model']): built[r['file']] for r in configs if r['file'] in built}
+    checks = {
+        digest(json.loads(row['key'].partition(' ')[2])['structure']): row
+        for row in rows
+        if row['key'].startswith('backbone ')
+    }
+    count = collections.defaultdict(collections.Counter)
+    facts = collections.defaultdict(list)
+    reasons = collections.defaultdict(set)
+    for row in configs:
+        outcome = by_model.get(digest(row['model']), {'status': 'not run', 'reason': ''})
+        status, reason = outcome['status'], outcome['reason']
+        for item in row['backbones']:
+            place = (row['library'], item['type'])
+            tried = checks.get(digest(item['structure']), {'status': 'not run', 'reason': ''})
+            facts[place].append(tried)
+            worst = max((status, tried['status']), key=ORDER.index)
+            pretrains = str(row['model_type']).rpartition('.')[2] in PRETRAINING
+            count[place, pretrains][worst] += 1
+            if worst not in ('ok', 'not run'):
+                why = (
+                    reason
+                    if ORDER.index(status) >= ORDER.index(tried['status'])
+                    else tried['reason']
+                )
+                reasons[place, worst].add(why.splitlines()[0])
+    text = [
+        '# Coverage: stock configs that can be Pro-tuned',
+        '',
+        'Every config that the libraries ship. "ok": the rewritten config builds; and its backbone',
+        'starts exactly as stock (bit for bit with `lean=False`, to 1e-5 with lean layers, in float64',
+        'where rounding grows), gives every prompt and nothing frozen a gradient, leaves all frozen',
+        f'tensors as they are in a step, and has prompts of at most {LIMIT:.0%} of its parameters.',
+        '"stock fails": the stock config does not build or run in this environment either.',
+        '',
+        '    python tools/coverage.py',
+        '',
+    ]
+    for pretrains, title in ((False, 'Detectors, segmentors, classifiers'), (True, 'Pre-training')):
+        chosen_rows = {place: c for (place, p), c in count.items() if p is pretrains}
+        total = sum(chosen_rows.values(), collections.Counter())
+        known = sum(total.values()) - total['stock fails']
+        text += [f'## {title}', '']
+        text += [f'{total["ok"]} of {known} that build and run as stock are ok; by backbone:', '']
+        text += ['| library | backbone | configs | ok | refused | failed | stock fails | prompts |']
+        text += ['|---|---|---|---|---|---|---|---|']
+        for place, c in sorted(chosen_rows.items()):
+            shares = [f['prompts'] for f in facts[place] if 'prompts' in f]
+            share = f'{min(shares):.1%} to {max(shares):.1%}' if shares else ''
+            text.append(
+                f'| {place[0]} | {place[1]} | {sum(c.values())} | {c["ok"]} | {c["refused"]} '
+                f'| {c["failed"]} | {c["stock fails"]} | {share} |'
+            )
+        text.append('')
+    text += ['## Reasons', '']
+    text += [
+        f'- {library} {kind}, {status}: {reason}'
+        for ((library, kind), status), found in sorted(reasons.items())
+        for reason in sorted(found)
+    ]
+    versions = ', '.join(f'{k} {v}' for k, v in stack_versions().items())
+    return '\n'.join([*text, '', f'Run with {versions}.', ''])
+
+
+ORDER = ('not run', 'ok', 'no backbone', 'stock fails', 'refused', 'failed')
+
+
+if __name__ == '__main__':
+    main()
