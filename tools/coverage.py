@@ -1,12 +1,12 @@
 """Try Pro-tuning on every stock config of the installed libraries.
 
-    python tools/coverage.py                                  # all, on all cores; goes on where it stopped
+    python tools/coverage.py                                  # all, on all cores
     python tools/coverage.py --library mmseg --backbone HRNet
-    python tools/coverage.py --table                          # draw the table from what is known
+    python tools/coverage.py --table                          # draw the table again
 
 For each config: does the rewritten config build? For each distinct backbone: outputs at the start,
 gradients, freeze, lean layers, size of the prompts. Writes a JSON line a job into --work-dir, and
-docs/coverage.md.
+docs/coverage.md. A run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import copy
 import hashlib
 import importlib
-import itertools
 import json
 import logging
 import multiprocessing
@@ -78,10 +78,11 @@ def main() -> None:
                 if row.get('model'):
                     models[digest(row['model'])] = row['key']
                 for item in row.get('backbones', []):
-                    backbones.setdefault(digest([row['library'], item['structure']]), item)
+                    item['file'] = row['file']
+                    backbones.setdefault(digest(item['structure']), item)
             build = [('build', key.partition(' ')[2]) for key in models.values()]
             rows = work(pool, try_config, build, known, results)
-            check = [('backbone', json.dumps(item, sort_keys=True)) for item in backbones.values()]
+            check = [('backbone', f'{i["file"]} {i["name"]}') for i in backbones.values()]
             rows += work(pool, try_backbone, check, known, results)
             rows += configs
     text = table(rows)
@@ -159,6 +160,11 @@ def plain(value: object) -> object:
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
+def structure(config: dict) -> object:
+    """What of a backbone's config makes a difference to its layers."""
+    return plain({k: v for k, v in config.items() if k not in WITHOUT_STRUCTURE})
+
+
 def result(key: str, status: str, reason: str = '', **more: object) -> dict:
     return dict(key=key, status=status, reason=reason, **more)
 
@@ -173,11 +179,8 @@ def read_config(key: str) -> dict:
         kind = (cfg.get('model') or {}).get('type')
         items = []
         for name, backbone in config_backbones(cfg):
-            config = {k: v for k, v in backbone.items() if k not in WITHOUT_STRUCTURE}
-            items.append(
-                dict(name=name, type=plain(backbone['type']), scope=cfg.get('default_scope'),
-                     structure=plain(config))
-            )  # fmt: skip
+            config = {**backbone, 'scope': cfg.get('default_scope')}
+            items.append(dict(name=name, type=plain(backbone['type']), structure=structure(config)))
         return result(key, 'read', model=plain(cfg.get('model')), model_type=plain(kind),
                       backbones=items, **row)  # fmt: skip
     except Exception as error:
@@ -244,21 +247,24 @@ def short(error: Exception) -> str:
 
 def try_backbone(key: str) -> dict:
     """Start, gradients, freeze, lean layers and size of one distinct backbone."""
-    item = json.loads(key.partition(' ')[2])
-    row = dict(type=item['type'], scope=item['scope'])
+    _, file, name = key.split(' ')
+    cfg = protune_mm.load_config(file)
+    config, scope = dict(config_backbones(cfg))[name], cfg.get('default_scope')
+    row = dict(type=plain(config['type']), structure=structure({**config, 'scope': scope}))
+    config = {k: v for k, v in config.items() if k not in ('init_cfg', 'pretrained')}
     try:
-        with scope_of(item['scope']):
-            problem, facts = check(item['structure'])
+        with scope_of(scope):
+            problem, facts = check(config)
     except Exception as error:
         if 'cannot be Pro-tuned' in str(error):
             return result(key, 'refused', short(error), **row)
         problem, facts = f'{short(error)}\n{traceback.format_exc(limit=-4)}', {}
-        if isinstance(error, StockFails):
+        if isinstance(error, StockError):
             return result(key, 'stock fails', str(error), **row)
     return result(key, 'failed' if problem else 'ok', problem or '', **row, **facts)
 
 
-class StockFails(Exception):
+class StockError(Exception):
     """The stock backbone does not run here."""
 
 
@@ -266,9 +272,9 @@ def stock_backbone(config: dict) -> nn.Module:
     """The backbone with weights that are the same each time, none of them uninitialized."""
     torch.manual_seed(0)
     try:
-        backbone = MODELS.build(tuples(config))
+        backbone = MODELS.build(copy.deepcopy(config))
     except Exception as error:
-        raise StockFails(short(error)) from error
+        raise StockError(short(error)) from error
     generator = torch.Generator().manual_seed(0)
     for parameter in backbone.parameters():
         if parameter.ndim > 1:
@@ -278,11 +284,6 @@ def stock_backbone(config: dict) -> nn.Module:
             parameter.data.fill_(0.5)
     backbone.train(False)
     return backbone.requires_grad_(False)
-
-
-def tuples(config: dict) -> dict:
-    """A copy that building may change. JSON knows lists only, and some classes want tuples."""
-    return json.loads(json.dumps(config))
 
 
 def run(backbone: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
@@ -298,7 +299,7 @@ def flat(out: object) -> list[torch.Tensor]:
     return [t for part in out or () for t in flat(part)] if isinstance(out, list | tuple) else []
 
 
-def picture(backbone: nn.Module) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def picture(backbone: nn.Module, channels: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The first image that the stock backbone takes, and what it returns."""
     native = getattr(backbone, 'img_size', None)
     sizes = list(SIZES)
@@ -306,14 +307,14 @@ def picture(backbone: nn.Module) -> tuple[torch.Tensor, list[torch.Tensor]]:
         pair = tuple(native) if isinstance(native, list | tuple) else (int(native),) * 2
         sizes.insert(2, pair[-2:])
     errors = []
-    for channels, size in itertools.product((3, 1), sizes):
+    for size in sizes:
         x = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(1))
         try:
             with torch.no_grad():
                 return x, run(backbone, x)
         except Exception as error:
             errors.append(short(error))
-    raise StockFails(f'takes none of the images tried: {errors[0]}')
+    raise StockError(f'takes none of the images tried: {errors[0]}')
 
 
 def check(config: dict) -> tuple[str, dict]:
@@ -321,7 +322,8 @@ def check(config: dict) -> tuple[str, dict]:
     stock = stock_backbone(config)
     keys = set(stock.state_dict())
     total = sum(p.numel() for p in stock.parameters())
-    x, expected = picture(stock)
+    gray = str(config['type']).endswith('LeNet5')
+    x, expected = picture(stock, config.get('in_channels', 1 if gray else 3))
     facts = dict(size=list(x.shape[1:]), parameters=total)
     problems = []
 
@@ -395,11 +397,7 @@ def table(rows: list[dict]) -> str:
     configs = [row for row in rows if row['key'].startswith('config ') and row.get('backbones')]
     built = {row['file']: row for row in rows if row['key'].startswith('build ')}
     by_model = {digest(r['model']): built[r['file']] for r in configs if r['file'] in built}
-    checks = {
-        digest(json.loads(row['key'].partition(' ')[2])['structure']): row
-        for row in rows
-        if row['key'].startswith('backbone ')
-    }
+    checks = {digest(r['structure']): r for r in rows if r['key'].startswith('backbone ')}
     count = collections.defaultdict(collections.Counter)
     facts = collections.defaultdict(list)
     reasons = collections.defaultdict(set)
@@ -414,20 +412,17 @@ def table(rows: list[dict]) -> str:
             pretrains = str(row['model_type']).rpartition('.')[2] in PRETRAINING
             count[place, pretrains][worst] += 1
             if worst not in ('ok', 'not run'):
-                why = (
-                    reason
-                    if ORDER.index(status) >= ORDER.index(tried['status'])
-                    else tried['reason']
-                )
-                reasons[place, worst].add(why.splitlines()[0])
+                why = reason if status == worst else tried['reason']
+                reasons[place, worst].add(why.splitlines()[0] if why else '')
     text = [
         '# Coverage: stock configs that can be Pro-tuned',
         '',
         'Every config that the libraries ship. "ok": the rewritten config builds; and its backbone',
-        'starts exactly as stock (bit for bit with `lean=False`, to 1e-5 with lean layers, in float64',
-        'where rounding grows), gives every prompt and nothing frozen a gradient, leaves all frozen',
-        f'tensors as they are in a step, and has prompts of at most {LIMIT:.0%} of its parameters.',
-        '"stock fails": the stock config does not build or run in this environment either.',
+        'starts exactly as stock (bit for bit with `lean=False`; with lean layers to 1e-5, or in',
+        'float64 where rounding grows), gives every prompt and nothing frozen a gradient, leaves all',
+        'frozen tensors as they are in a step, and has prompts of at most',
+        f'{LIMIT:.0%} of its parameters. "stock fails": the stock config does not build or run in',
+        'this environment either.',
         '',
         '    python tools/coverage.py',
         '',
