@@ -49,7 +49,7 @@ def test_unknown_family_names_the_known_ones_and_the_file():
     class Mine(nn.Module):
         pass
 
-    message = r'Mine is of no known backbone family \(ResNet, .*\): name its stages.*add_a_backbone\.md'
+    message = r'Mine is of no known backbone family \(ResNet, .*\): name its stages.*add_a_backbone'
     with pytest.raises(ValueError, match=message):
         protune_mm.protune(Mine())
     with pytest.raises(ValueError, match=message):
