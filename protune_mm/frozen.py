@@ -106,9 +106,8 @@ class ProTunedBackbone:
             parameter.requires_grad_(requires_grad)
         for module in (*prompts(self).values(), *heads(self).values()):
             module.train(mode)
-        family = find_family(stock_type(self))
-        for name in family.forks(self) if family else ():
-            self.get_submodule(name).training = mode
+        for module in forks(self):
+            module.training = mode
         # Weights written past autograd's version counter, as an EMA swap does, count from here.
         forget(self)
         return self
@@ -228,6 +227,12 @@ def frozen_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def heads(backbone: nn.Module) -> dict[str, nn.Module]:
     """Dotted name to each submodule of a backbone that is a classifier, and so trains."""
     return {name: backbone.get_submodule(name) for name in backbone._protune.head}
+
+
+def forks(backbone: nn.Module) -> list[nn.Module]:
+    """Modules of a backbone that return something else while training; only they know the mode."""
+    family = find_family(stock_type(backbone))
+    return [backbone.get_submodule(name) for name in family.forks(backbone)] if family else []
 
 
 def frozen_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -11,7 +11,14 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from .frozen import backbones, check_weights, frozen_modules, frozen_tensors, tuned_parameters
+from .frozen import (
+    backbones,
+    check_weights,
+    forks,
+    frozen_modules,
+    frozen_tensors,
+    tuned_parameters,
+)
 from .registry import HOOKS
 from .report import parameter_line
 
@@ -100,8 +107,9 @@ class FrozenGuardHook(Hook):
         self._check_versions(model)
 
     def _check_modes(self, model: nn.Module) -> None:
+        knowing = {id(m) for backbone in backbones(model).values() for m in forks(backbone)}
         for name, module in frozen_modules(model):
-            if module.training:
+            if module.training and id(module) not in knowing:
                 raise RuntimeError(f"frozen module '{name}' is in training mode: {_CAUSE}")
 
     def _check_versions(self, model: nn.Module) -> None:

@@ -216,6 +216,14 @@ def _sites(module: nn.Module, options: Options) -> list[Site]:
             "its stages, stages=['layer1', ...], or add a row: docs/add_a_backbone.md"
         )
     table = family.split(module) if family else []
+    named = {stage.name for stage in table}
+    unread = [name for name in (family.every(module) if family else []) if name not in named]
+    if unread and options.stages in (None, 'blocks'):
+        print_log(
+            f'{type(module).__name__}: no prompt after {", ".join(unread)}: out_indices='
+            f'{module.out_indices} reads nothing from there',
+            logger='current',
+        )
     chosen = _choose(module, table, options.stages)
     last_block = table[-1].blocks[-1] if table else chosen[-1][1]
     known = family is not None

@@ -1,12 +1,17 @@
 """Every row of the stage table, in every library that has it: exact start, freeze, gradients."""
 
+import logging
+from types import SimpleNamespace
+
 import pytest
 import torch
-from mmengine.registry import DefaultScope
+from mmdet.models.backbones import ResNet
+from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 import protune_mm
 from protune_mm.frozen import frozen_tensors, heads, prompts
+from protune_mm.hooks import FrozenGuardHook
 from protune_mm.stages import FAMILIES
 from tests.conftest import EVERY, build_protuned, build_stock, flat, move_prompts
 
@@ -16,8 +21,8 @@ every = pytest.mark.parametrize(('library', 'family'), EVERY)
 @pytest.fixture(autouse=True)
 def scope(request):
     """Some backbones build their layers through the default scope."""
-    params = getattr(request.node, 'callspec', None)
-    with DefaultScope.overwrite_default_scope(params.params['library'] if params else 'mmdet'):
+    params = request.node.callspec.params if hasattr(request.node, 'callspec') else {}
+    with DefaultScope.overwrite_default_scope(params.get('library', 'mmdet')):
         yield
 
 
@@ -144,3 +149,91 @@ def test_rows_have_names_and_examples_of_their_own():
     names = [family.name for family in FAMILIES]
     assert len(set(names)) == len(names)
     assert all(family.examples for family in FAMILIES)
+
+
+@pytest.mark.parametrize(
+    'config',
+    [
+        dict(base='mmdet.ResNet', depth=18, out_indices=(0, 1)),
+        dict(base='mmdet.SwinTransformer', depths=(1, 1, 1, 1), out_indices=(0, 1)),
+    ],
+)
+def test_one_line_tells_of_stages_that_nobody_reads(config, log):
+    MODELS.build(dict(type='protune_mm.ProTuned', **config))
+    lines = [line for line in log.text.splitlines() if 'no prompt after' in line]
+    assert len(lines) == 1
+    assert 'out_indices=(0, 1) reads nothing from there' in lines[0]
+    assert 'layer3, layer4' in lines[0] or 'stages.2, stages.3' in lines[0]
+
+
+REASONS = {
+    'mmpretrain.MAEViT': 'masks its own tokens for pre-training.*Pro-tune VisionTransformer',
+    'mmpretrain.SparseResNet': 'expect the mask of SparK pre-training: Pro-tune ResNet',
+    'mmpretrain.SimMIMSwinTransformer': 'masks its own tokens.*Pro-tune SwinTransformer',
+}
+
+
+@pytest.mark.parametrize('base', REASONS)
+def test_what_cannot_be_tuned_says_why(base):
+    more = dict(depth=50) if 'ResNet' in base else {}
+    message = f'cannot be Pro-tuned: .*{REASONS[base]}'
+    scope = DefaultScope.overwrite_default_scope('mmpretrain')
+    with scope, pytest.raises(ValueError, match=message):
+        MODELS.build(dict(type='protune_mm.ProTuned', base=base, **more))
+
+
+@pytest.mark.parametrize(
+    ('base', 'more'),
+    [
+        ('mmpretrain.ShuffleNetV1', {}),
+        ('mmpretrain.MobileOne', dict(arch='s2')),
+        ('mmpretrain.LeNet5', dict(num_classes=10)),
+    ],
+)
+def test_prompts_of_small_backbones_are_narrower(base, more, log):
+    tuned = MODELS.build(dict(type='protune_mm.ProTuned', base=base, **more))
+    own = sum(p.numel() for p in protune_mm.tuned_parameters(tuned).values())
+    assert own <= 0.08 * (sum(p.numel() for p in tuned.parameters()) - own)
+    wide = dict(type='protune_mm.ProTuned', base=base, prompt=dict(ratio=4), **more)
+    wide = protune_mm.tuned_parameters(MODELS.build(wide))
+    assert sum(p.numel() for p in wide.values()) > own
+
+
+def test_a_subclass_of_a_users_project_that_goes_around_its_block():
+    """Found through its parent's row; the guard names the prompt without a gradient."""
+
+    class Around(ResNet):
+        def forward(self, x):
+            x = self.maxpool(self.relu(self.norm1(self.conv1(x))))
+            for name in self.res_layers:
+                layer = getattr(self, name)
+                x = layer[1].conv1(layer[0](x)) if name == 'layer2' else layer(x)
+            return (x,)
+
+    tuned = protune_mm.protune(Around(18)).train()
+    assert [name.split('.')[0] for name in prompts(tuned)] == [f'layer{i}' for i in range(1, 5)]
+    guard, runner = FrozenGuardHook(), SimpleNamespace(model=tuned, logger=logging.getLogger())
+    guard.before_train(runner)
+    tuned(torch.randn(1, 3, 64, 96))[0].mean().backward()
+    with pytest.raises(RuntimeError, match=r"'layer2\.1\.prompt.*' got no gradient in the first"):
+        guard.after_train_iter(runner)
+
+
+def test_a_backbone_that_a_model_has_twice():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one = MODELS.build(dict(type='protune_mm.ProTuned', base='mmdet.ResNet', depth=18))
+            self.two = self.one
+
+        def forward(self, x):
+            return [a + b for a, b in zip(self.one(x), self.two(x * 2), strict=True)]
+
+    model = Twice().train()
+    names = list(protune_mm.tuned_parameters(model))
+    assert names
+    assert all(name.startswith('one.') for name in names)
+    move_prompts(model)
+    sum(o.mean() for o in model(torch.randn(1, 3, 64, 96))).backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == (name in names), name

@@ -29,6 +29,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
@@ -36,7 +37,7 @@ import protune_mm
 from protune_mm.compat import stack_versions
 from protune_mm.config import config_backbones
 from protune_mm.frozen import frozen_tensors, heads
-from protune_mm.stages import LIBRARIES
+from protune_mm.stages import LIBRARIES, refusal
 
 LIMIT = 0.08
 SIZES = ((64, 96), (96, 160), (224, 224), (256, 256), (192, 192), (384, 384), (512, 512))
@@ -65,14 +66,14 @@ def main() -> None:
     known = {row['key']: row for row in read(results)}
     libraries = [args.library] if args.library else LIBRARIES
     files = [f'{name}::{path}' for name in libraries for path in config_files(name)]
+    if args.sample:
+        files = files[:: max(1, len(files) // args.sample)][: args.sample]
     if args.table:
         rows = list(known.values())
     else:
         with multiprocessing.get_context('spawn').Pool(args.jobs, start_worker) as pool:
             configs = work(pool, read_config, [('config', f) for f in files], known, results)
             configs = [row for row in configs if chosen(row, args.backbone)]
-            if args.sample:
-                configs = sample(configs, args.sample)
             models, backbones = {}, {}
             for row in configs:
                 if row.get('model'):
@@ -179,7 +180,7 @@ def read_config(key: str) -> dict:
         kind = (cfg.get('model') or {}).get('type')
         items = []
         for name, backbone in config_backbones(cfg):
-            config = {**backbone, 'scope': cfg.get('default_scope')}
+            config = {**backbone, 'scope': scope_name(cfg, file)}
             items.append(dict(name=name, type=plain(backbone['type']), structure=structure(config)))
         return result(key, 'read', model=plain(cfg.get('model')), model_type=plain(kind),
                       backbones=items, **row)  # fmt: skip
@@ -191,12 +192,6 @@ def chosen(row: dict, backbone: str | None) -> bool:
     return not backbone or any(
         item['type'].rpartition('.')[2] == backbone for item in row.get('backbones', [])
     )
-
-
-def sample(rows: list[dict], count: int) -> list[dict]:
-    """Evenly spread over the configs with a backbone."""
-    usable = [row for row in rows if row.get('backbones')]
-    return usable[:: max(1, len(usable) // count)][:count]
 
 
 @contextlib.contextmanager
@@ -222,7 +217,7 @@ def try_config(key: str) -> dict:
     for protune in (True, False):
         cfg = protune_mm.load_config(file, protune=protune)
         try:
-            with scope_of(cfg.get('default_scope')), without_init():
+            with scope_of(scope_name(cfg, file)), without_init():
                 MODELS.build(cfg.model)
         except Exception as error:
             reason = short(error)
@@ -237,8 +232,13 @@ def try_config(key: str) -> dict:
     return result(key, 'failed', problem, file=file)
 
 
-def scope_of(name: str | None) -> contextlib.AbstractContextManager:
-    return DefaultScope.overwrite_default_scope(name or 'mmengine')
+def scope_name(cfg: Config, file: str) -> str:
+    """Default scope of a config; of its library where it has none."""
+    return cfg.get('default_scope') or file.partition('::')[0]
+
+
+def scope_of(name: str) -> contextlib.AbstractContextManager:
+    return DefaultScope.overwrite_default_scope(name)
 
 
 def short(error: Exception) -> str:
@@ -249,7 +249,7 @@ def try_backbone(key: str) -> dict:
     """Start, gradients, freeze, lean layers and size of one distinct backbone."""
     _, file, name = key.split(' ')
     cfg = protune_mm.load_config(file)
-    config, scope = dict(config_backbones(cfg))[name], cfg.get('default_scope')
+    config, scope = dict(config_backbones(cfg))[name], scope_name(cfg, file)
     row = dict(type=plain(config['type']), structure=structure({**config, 'scope': scope}))
     config = {k: v for k, v in config.items() if k not in ('init_cfg', 'pretrained')}
     try:
@@ -320,6 +320,9 @@ def picture(backbone: nn.Module, channels: int) -> tuple[torch.Tensor, list[torc
 def check(config: dict) -> tuple[str, dict]:
     """Problems of one backbone ('' for none), and facts about it."""
     stock = stock_backbone(config)
+    reason = refusal(type(stock))
+    if reason:
+        raise ValueError(f'{type(stock).__name__} cannot be Pro-tuned: {reason}')
     keys = set(stock.state_dict())
     total = sum(p.numel() for p in stock.parameters())
     gray = str(config['type']).endswith('LeNet5')

@@ -36,6 +36,8 @@ class Family:
         head: names of the submodules that are a classifier rather than a backbone; they train.
         forks: names of the submodules whose ``forward`` has another structure while training
             ('' is the backbone): their ``training`` follows the mode, their children's does not.
+        every: names of all stages, also of those whose output reaches nothing that the backbone
+            returns; for a message. Default: not known.
         image: channels, height and width of an image that the examples accept.
     """
 
@@ -49,6 +51,7 @@ class Family:
     embedding: str = 'patch_embed'
     head: Callable[[nn.Module], list[str]] = lambda backbone: []
     forks: Callable[[nn.Module], list[str]] = lambda backbone: []
+    every: Callable[[nn.Module], list[str]] = lambda backbone: []
     image: tuple[int, int, int] = (3, 64, 96)
 
     def layout_of(self, backbone: nn.Module, block: nn.Module) -> Layout:
@@ -99,6 +102,11 @@ def stage_lists(stages: str = 'stages', blocks: str = '') -> Callable[[nn.Module
         ]
 
     return split
+
+
+def listed(stages: str = 'stages') -> Callable[[nn.Module], list[str]]:
+    """Names of all stages in a list."""
+    return lambda backbone: [f'{stages}.{i}' for i in range(len(backbone.get_submodule(stages)))]
 
 
 def even_ends(count: int, chosen: int | Iterable[int] | None) -> list[tuple[int, int]]:

@@ -23,6 +23,7 @@ from .family import (
     even_ends,
     feedforward_dims,
     indices,
+    listed,
     plain,
     stage_lists,
 )
@@ -178,6 +179,7 @@ TOKENS: tuple[Family, ...] = (
         'SwinTransformer',
         split=stage_lists(blocks='.blocks'),
         channels=feedforward_dims,
+        every=listed(),
         layout=Tokens(grid_argument=True),
         examples=dict(
             mmdet=_SWIN_MM,
@@ -189,6 +191,7 @@ TOKENS: tuple[Family, ...] = (
         'SwinTransformerV2',
         split=stage_lists(blocks='.blocks'),
         channels=feedforward_dims,
+        every=listed(),
         layout=Tokens(grid_argument=True),
         examples=dict(
             mmpretrain=dict(
