@@ -27,16 +27,22 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+from generated_data import SIZE, batches
 from mmengine.config import Config
+from mmengine.logging import MessageHub
+from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
+from mmengine.runner import Runner
 from torch import nn
 
 import protune_mm
 from protune_mm.compat import stack_versions
 from protune_mm.config import config_backbones
-from protune_mm.frozen import frozen_tensors, heads
+from protune_mm.frozen import backbones, frozen_tensors, heads
+from protune_mm.optim import wrap_constructor
 from protune_mm.stages import LIBRARIES, refusal
 
 LIMIT = 0.08
@@ -66,6 +72,8 @@ def main() -> None:
     known = {row['key']: row for row in read(results)}
     libraries = [args.library] if args.library else LIBRARIES
     files = [f'{name}::{path}' for name in libraries for path in config_files(name)]
+    if args.config:
+        files = args.config
     if args.sample:
         files = files[:: max(1, len(files) // args.sample)][: args.sample]
     if args.table:
@@ -85,10 +93,21 @@ def main() -> None:
             rows = work(pool, try_config, build, known, results)
             check = [('backbone', f'{i["file"]} {i["name"]}') for i in backbones.values()]
             rows += work(pool, try_backbone, check, known, results)
+            # One config of each model type.
+            types = {}
+            for row in configs:
+                if (
+                    row.get('backbones')
+                    and known[f'build {built_for(row, models)}']['status'] == 'ok'
+                ):
+                    types.setdefault((row['library'], row['model_type']), row['file'])
+            rows += work(
+                pool, try_step, [('step', file) for file in types.values()], known, results
+            )
             rows += configs
     text = table(rows)
     print(text)
-    if not (args.library or args.backbone or args.sample):
+    if not (args.library or args.backbone or args.sample or args.config):
         Path(args.out).write_text(text)
         print(f'wrote {args.out}')
     sys.exit(any(row['status'] == 'failed' for row in rows))
@@ -99,6 +118,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--library', choices=LIBRARIES, help='only its configs')
     parser.add_argument('--backbone', help='only configs with a backbone of this type')
     parser.add_argument('--sample', type=int, help='only so many configs, evenly spread')
+    parser.add_argument('--config', nargs='+', help='only these, such as mmseg::pspnet/NAME.py')
     parser.add_argument(
         '--jobs', type=int, default=os.cpu_count(), help='processes; default: cores'
     )
@@ -127,7 +147,10 @@ def work(pool: object, run: object, jobs: list[tuple], known: dict, results: Pat
     keys = [f'{kind} {what}' for kind, what in jobs]
     todo = [key for key in keys if key not in known]
     start = time.time()
+    cut = results.exists() and not results.read_text().endswith('\n')
     with results.open('a') as out:
+        if cut:  # A stopped run may have left half a line.
+            out.write('\n')
         for number, row in enumerate(pool.imap_unordered(run, todo), 1):
             known[row['key']] = row
             out.write(json.dumps(row) + '\n')
@@ -243,6 +266,77 @@ def scope_of(name: str) -> contextlib.AbstractContextManager:
 
 def short(error: Exception) -> str:
     return f'{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ""}'[:400]
+
+
+def built_for(row: dict, models: dict[str, str]) -> str:
+    """The file that was built for all configs with the same model."""
+    return models[digest(row['model'])].partition(' ')[2]
+
+
+def try_step(key: str) -> dict:
+    """One training step of a whole model: finite loss, prompts move, frozen bits do not."""
+    file = key.partition(' ')[2]
+    problem = step(file, protune=True)
+    kind = plain(protune_mm.load_config(file).model.type)
+    if not problem:
+        return result(key, 'ok', file=file, type=kind)
+    if step(file, protune=False):
+        return result(key, 'stock fails', problem.splitlines()[0], file=file, type=kind)
+    return result(key, 'failed', problem, file=file, type=kind)
+
+
+def step(file: str, protune: bool) -> str:
+    """What went wrong, with every kind of generated data; '' if one of them trains."""
+    problems = []
+    cfg = protune_mm.load_config(file, protune=protune)
+    library = file.partition('::')[0]
+    with scope_of(scope_name(cfg, file)):
+        try:
+            torch.manual_seed(0)
+            for _, backbone in config_backbones(cfg):
+                backbone.pop('init_cfg', None)
+            cfg.model.pop('pretrained', None)
+            model = revert_sync_batchnorm(MODELS.build(cfg.model))
+            for parameter in model.parameters():  # Some layers leave memory as they find it.
+                if not parameter.abs().max() < 1e3:
+                    parameter.data.normal_(0, 0.01)
+            model.train()
+        except Exception as error:
+            return short(error)
+        sizes = [SIZE, (224, 224)] if library == 'mmpretrain' else [SIZE]
+        for size in sizes:
+            for data in batches(library, size):
+                try:
+                    return train(model, data)
+                except Exception as error:
+                    problems.append(f'{short(error)}\n{traceback.format_exc(limit=-4)}')
+    return problems[0]
+
+
+def train(model: nn.Module, data: dict) -> str:
+    """Two steps: behind a zero start gradients arrive in the second only."""
+    holder = SimpleNamespace(model=model)
+    optimizer = dict(optimizer=dict(type='SGD', lr=1e-6))
+    if list(backbones(model).values()):
+        optimizer = wrap_constructor(optimizer)
+    wrapper = Runner.build_optim_wrapper(holder, optimizer)
+    before = {name: tensor.clone() for name, tensor in frozen_tensors(model)}
+    hub = MessageHub.get_current_instance()  # Some augmentations of batches ask how far we are.
+    for name in ('iter', 'epoch'):
+        hub.update_info(name, 0)
+    own = protune_mm.tuned_parameters(model)
+    lost = set(own)
+    for name, parameter in own.items():
+        parameter.register_hook(lambda grad, name=name: lost.discard(name))
+    for _ in range(2):
+        logs = model.train_step(copy.deepcopy(data), wrapper)
+    loss = logs['loss']
+    if not torch.isfinite(loss):
+        return f'the loss is {loss.item()}'
+    moved = [n for n, t in frozen_tensors(model) if not torch.equal(t, before[n])]
+    if moved:
+        return f'{moved[0]} moved'
+    return f'no gradient at {min(lost)}' if lost else ''
 
 
 def try_backbone(key: str) -> dict:
@@ -446,7 +540,21 @@ def table(rows: list[dict]) -> str:
                 f'| {c["failed"]} | {c["stock fails"]} | {share} |'
             )
         text.append('')
-    text += ['## Reasons', '']
+    steps = sorted((r for r in rows if r['key'].startswith('step ')), key=lambda r: r['key'])
+    trained = [row['type'] for row in steps if row['status'] == 'ok']
+    text += ['## A training step of every model type', '']
+    text += [
+        'Two steps on generated data through the whole model, one config a type: finite loss, a',
+        'gradient at every prompt, frozen bits as they were. '
+        f'{len(trained)} of {len(steps)} types: {", ".join(trained)}.',
+        '',
+    ]
+    text += [
+        f'- {row["type"]} ({row["file"]}), {row["status"]}: {row["reason"].splitlines()[0]}'
+        for row in steps
+        if row['status'] != 'ok'
+    ]
+    text += ['', '## Reasons', '']
     text += [
         f'- {library} {kind}, {status}: {reason}'
         for ((library, kind), status), found in sorted(reasons.items())
