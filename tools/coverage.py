@@ -46,7 +46,7 @@ from protune_mm.optim import wrap_constructor
 from protune_mm.stages import LIBRARIES, refusal
 
 LIMIT = 0.08
-SIZES = ((64, 96), (96, 160), (224, 224), (256, 256), (192, 192), (384, 384), (512, 512))
+SIZES = ((64, 96), (96, 160), (224, 224), (256, 256), (192, 192), (384, 384), (512, 512), (32, 32))
 """Heights and widths to try, in pixels: not square first, then the native sizes."""
 WITHOUT_STRUCTURE = (
     'init_cfg',
