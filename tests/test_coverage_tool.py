@@ -28,7 +28,8 @@ def test_a_sample_of_configs(tmp_path):
     assert 'masks its own tokens' in backbones[1]['reason']
     steps = [row for row in rows if row['key'].startswith('step')]
     assert [row['type'] for row in steps] == ['ImageClassifier']
-    assert '1 of 1 that build and run as stock are ok' in done.stdout
+    assert '1 configs: 1 ok; 0 with an ok backbone' in done.stdout
+    assert '1 configs: 0 ok; 0 with an ok backbone in a model' in done.stdout
     assert '[1/' in done.stdout
 
     # A line that was cut off is done again, and nothing else.

@@ -506,10 +506,12 @@ def table(rows: list[dict]) -> str:
             tried = checks.get(digest(item['structure']), {'status': 'not run', 'reason': ''})
             facts[place].append(tried)
             worst = max((status, tried['status']), key=ORDER.index)
+            if (status, tried['status']) == ('stock fails', 'ok'):
+                worst = 'backbone ok'
             pretrains = str(row['model_type']).rpartition('.')[2] in PRETRAINING
             count[place, pretrains][worst] += 1
             if worst not in ('ok', 'not run'):
-                why = reason if status == worst else tried['reason']
+                why = reason if status in (worst, 'stock fails') else tried['reason']
                 reasons[place, worst].add(why.splitlines()[0] if why else '')
     text = [
         '# Coverage: stock configs that can be Pro-tuned',
@@ -527,18 +529,24 @@ def table(rows: list[dict]) -> str:
     for pretrains, title in ((False, 'Detectors, segmentors, classifiers'), (True, 'Pre-training')):
         chosen_rows = {place: c for (place, p), c in count.items() if p is pretrains}
         total = sum(chosen_rows.values(), collections.Counter())
-        known = sum(total.values()) - total['stock fails']
-        text += [f'## {title}', '']
-        text += [f'{total["ok"]} of {known} that build and run as stock are ok; by backbone:', '']
-        text += ['| library | backbone | configs | ok | refused | failed | stock fails | prompts |']
-        text += ['|---|---|---|---|---|---|---|---|']
+        text += [
+            f'## {title}',
+            '',
+            f'{sum(total.values())} configs: {total["ok"]} ok; {total["backbone ok"]} with an ok '
+            f'backbone in a model that does not build here as stock; {total["refused"]} refused; '
+            f'{total["failed"]} failed; {total["stock fails"]} whose stock backbone does not run '
+            'here.',
+            '',
+            '| library | backbone | configs | ok | backbone ok | refused | failed | stock fails '
+            '| prompts |',
+            '|---|---|---|---|---|---|---|---|---|',
+        ]
         for place, c in sorted(chosen_rows.items()):
             shares = [f['prompts'] for f in facts[place] if 'prompts' in f]
             share = f'{min(shares):.1%} to {max(shares):.1%}' if shares else ''
-            text.append(
-                f'| {place[0]} | {place[1]} | {sum(c.values())} | {c["ok"]} | {c["refused"]} '
-                f'| {c["failed"]} | {c["stock fails"]} | {share} |'
-            )
+            counts = ('ok', 'backbone ok', 'refused', 'failed', 'stock fails')
+            cells = [*place, sum(c.values()), *(c[name] for name in counts), share]
+            text.append(f'| {" | ".join(map(str, cells))} |')
         text.append('')
     steps = sorted((r for r in rows if r['key'].startswith('step ')), key=lambda r: r['key'])
     trained = [row['type'] for row in steps if row['status'] == 'ok']
@@ -564,7 +572,7 @@ def table(rows: list[dict]) -> str:
     return '\n'.join([*text, '', f'Run with {versions}.', ''])
 
 
-ORDER = ('not run', 'ok', 'no backbone', 'stock fails', 'refused', 'failed')
+ORDER = ('not run', 'ok', 'backbone ok', 'no backbone', 'stock fails', 'refused', 'failed')
 
 
 if __name__ == '__main__':
