@@ -245,13 +245,14 @@ def frozen_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 yield name, module
 
 
-def freeze(module: nn.Module, options: Options, weights_given: bool) -> None:
+def freeze(module: nn.Module, options: Options, weights_given: bool, mode: bool) -> None:
     """Make a backbone with its prompts attached a :class:`ProTunedBackbone`.
 
     Args:
         module: the backbone.
         options: how it was Pro-tuned.
         weights_given: it holds its pre-trained weights already.
+        mode: whether its prompts are in training mode.
     """
     add_mixin(module, ProTunedBackbone)
     family = find_family(stock_type(module))
@@ -264,7 +265,7 @@ def freeze(module: nn.Module, options: Options, weights_given: bool) -> None:
     module.requires_grad_(False)
     for trained in (*prompts(module).values(), *heads(module).values()):
         trained.requires_grad_(True)
-    module.train(module.training)
+    module.train(mode)
     module.register_load_state_dict_post_hook(_after_load)
 
 

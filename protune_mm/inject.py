@@ -96,6 +96,7 @@ def protune(
     prompts = _build_prompts(module, sites, options, _names_ratio(prompt))
     likes = [_home(module.get_submodule(site.block)) for site in sites]
     # Some stock layers prepare what evaluation needs when they are told of it.
+    mode = module.training
     module.train(False)
     if lean_as is not None:
         # Before the prompts: a prompted layer runs its lean form, then its prompt.
@@ -103,7 +104,7 @@ def protune(
     for site, block, home in zip(sites, prompts, likes, strict=True):
         block.lean = lean_as is not None
         _attach(module, site, block.to(**home))
-    freeze(module, options, weights_given)
+    freeze(module, options, weights_given, mode)
     return module
 
 

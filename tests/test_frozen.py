@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 import protune_mm
 from protune_mm.frozen import frozen_modules, frozen_tensors, prompts
 from protune_mm.subclass import stock_type
-from tests.conftest import EXAMPLES, build_protuned, flat, image
+from tests.conftest import EXAMPLES, build_protuned, build_stock, flat, image
 
 
 def snapshot(module):
@@ -163,3 +163,11 @@ def test_policies_head_only_and_full(tmp_path):
     assert stock_type(full) is type(full), 'the stock object, no subclass'
     assert all(p.requires_grad for p in full.parameters())
     assert full.layer1[0].bn1.training
+
+
+@pytest.mark.parametrize('mode', [True, False])
+def test_prompts_keep_the_mode_of_the_module(mode):
+    stock = build_stock(*EXAMPLES[0].values)
+    stock.train(mode)
+    tuned = protune_mm.protune(stock)
+    assert all(prompt.training == mode for prompt in prompts(tuned).values())
