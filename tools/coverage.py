@@ -376,6 +376,9 @@ def stock_backbone(config: dict) -> nn.Module:
             parameter.data.normal_(0, fan**-0.5, generator=generator)
         elif not torch.isfinite(parameter).all() or parameter.numel() == 0:
             parameter.data.fill_(0.5)
+    for name, buffer in backbone.named_buffers():
+        if name.endswith('weight_gamma'):  # ConvAWS: the size of weights of which it makes units.
+            buffer.fill_(0.02)
     backbone.train(False)
     return backbone.requires_grad_(False)
 
@@ -405,7 +408,10 @@ def picture(backbone: nn.Module, channels: int) -> tuple[torch.Tensor, list[torc
         x = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(1))
         try:
             with torch.no_grad():
-                return x, run(backbone, x)
+                out = run(backbone, x)
+            if all(torch.isfinite(o).all() for o in out):
+                return x, out
+            errors.append('its output is not finite')
         except Exception as error:
             errors.append(short(error))
     raise StockError(f'takes none of the images tried: {errors[0]}')
