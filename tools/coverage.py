@@ -6,7 +6,8 @@
 
 For each config: does the rewritten config build? For each distinct backbone: outputs at the start,
 gradients, freeze, lean layers, size of the prompts. Writes a JSON line a job into --work-dir, and
-docs/coverage.md. A run that was stopped goes on where it was.
+docs/coverage.md. A run that was stopped goes on where it was. requirements/coverage.txt has what some
+stock models import beyond the libraries.
 """
 
 from __future__ import annotations
@@ -529,7 +530,7 @@ def table(rows: list[dict]) -> str:
         f'{LIMIT:.0%} of its parameters. "stock fails": the stock config does not build or run in',
         'this environment either.',
         '',
-        '    python tools/coverage.py',
+        '    PYTHONPATH=.extra python tools/coverage.py  # .extra: requirements/coverage.txt',
         '',
     ]
     for pretrains, title in ((False, 'Detectors, segmentors, classifiers'), (True, 'Pre-training')):
