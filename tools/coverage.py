@@ -6,8 +6,8 @@
 
 For each config: does the rewritten config build? For each distinct backbone: outputs at the start,
 gradients, freeze, lean layers, size of the prompts. Writes a JSON line a job into --work-dir, and
-docs/coverage.md. A run that was stopped goes on where it was. requirements/coverage.txt has what some
-stock models import beyond the libraries.
+docs/coverage.md. A run that was stopped goes on where it was. requirements/coverage.txt has what
+some stock models import beyond the libraries.
 """
 
 from __future__ import annotations
