@@ -27,6 +27,8 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -80,7 +82,8 @@ def main() -> None:
     if args.table:
         rows = list(known.values())
     else:
-        with multiprocessing.get_context('spawn').Pool(args.jobs, start_worker) as pool:
+        spawn = multiprocessing.get_context('spawn')
+        with ProcessPoolExecutor(args.jobs, spawn, start_worker) as pool:
             configs = work(pool, read_config, [('config', f) for f in files], known, results)
             configs = [row for row in configs if chosen(row, args.backbone)]
             models, backbones = {}, {}
@@ -152,7 +155,14 @@ def work(pool: object, run: object, jobs: list[tuple], known: dict, results: Pat
     with results.open('a') as out:
         if cut:  # A stopped run may have left half a line.
             out.write('\n')
-        for number, row in enumerate(pool.imap_unordered(run, todo), 1):
+        for number, job in enumerate(as_completed(pool.submit(run, key) for key in todo), 1):
+            try:
+                row = job.result()
+            except BrokenProcessPool:
+                sys.exit(
+                    'a process died, for want of memory perhaps: run the same command again, with '
+                    f'--jobs 1; {results} has the results so far'
+                )
             known[row['key']] = row
             out.write(json.dumps(row) + '\n')
             out.flush()
