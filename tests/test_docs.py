@@ -69,6 +69,8 @@ def test_links_and_paths_exist(path):
     text = path.read_text()
     for link in re.findall(r'\]\(([^)#:]+)\)', text):
         assert (path.parent / link).exists(), link
+    if path.name == 'coverage.md':
+        return  # It quotes messages with paths of other projects.
     for name in re.findall(r'`?((?:tools|configs|tests|docs|protune_mm)/[\w./-]+\.\w+)', text):
         if name != 'protune_mm/prompts/channel.py':  # Added by the diff of add_a_prompt.md.
             assert (ROOT / name).exists(), name

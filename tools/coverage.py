@@ -567,6 +567,9 @@ def table(rows: list[dict]) -> str:
         text.append('')
     steps = sorted((r for r in rows if r['key'].startswith('step ')), key=lambda r: r['key'])
     trained = [row['type'] for row in steps if row['status'] == 'ok']
+    tried = {(row['file'].partition('::')[0], row['type']) for row in steps}
+    types = {(row['library'], str(row['model_type'])) for row in configs}
+    untried = [' '.join(kind) for kind in sorted(types - tried)]
     text += ['## A training step of every model type', '']
     text += [
         'Two steps on generated data through the whole model, one config a type: finite loss, a',
@@ -579,6 +582,8 @@ def table(rows: list[dict]) -> str:
         for row in steps
         if row['status'] != 'ok'
     ]
+    if untried:
+        text += ['', f'Not tried, or the model does not build: {", ".join(untried)}.']
     text += ['', '## Reasons', '']
     text += [
         f'- {library} {kind}, {status}: {reason}'
