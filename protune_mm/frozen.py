@@ -99,12 +99,12 @@ class ProTunedBackbone:
         in evaluation mode, prompts included, so the prompts are set after it. Prompts that were
         frozen from outside (a teacher's) stay so.
         """
-        trained = (*prompts(self).values(), *heads(self).values())
+        trained = trained_modules(self).values()
         wanted = {p: p.requires_grad for module in trained for p in module.parameters()}
         super().train(False)
         for parameter, requires_grad in wanted.items():
             parameter.requires_grad_(requires_grad)
-        for module in (*prompts(self).values(), *heads(self).values()):
+        for module in trained:
             module.train(mode)
         for module in forks(self):
             module.training = mode
@@ -212,7 +212,7 @@ def frozen_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         tuple[str, Tensor]: dotted name inside ``model``, and the tensor itself.
     """
     for prefix, backbone in backbones(model).items():
-        skip = {**prompts(backbone), **heads(backbone)}
+        skip = trained_modules(backbone)
         for module_name, module in backbone.named_modules(prefix=prefix):
             relative = module_name[len(prefix) :].lstrip('.')
             if any(relative == name or relative.startswith(f'{name}.') for name in skip):
@@ -229,6 +229,11 @@ def heads(backbone: nn.Module) -> dict[str, nn.Module]:
     return {name: backbone.get_submodule(name) for name in backbone._protune.head}
 
 
+def trained_modules(backbone: nn.Module) -> dict[str, nn.Module]:
+    """Dotted name to each submodule of a backbone that trains: its prompts and its classifier."""
+    return {**prompts(backbone), **heads(backbone)}
+
+
 def forks(backbone: nn.Module) -> list[nn.Module]:
     """Modules of a backbone that return something else while training; only they know the mode."""
     family = find_family(stock_type(backbone))
@@ -238,10 +243,9 @@ def forks(backbone: nn.Module) -> list[nn.Module]:
 def frozen_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Dotted name and module of every frozen module of a model's backbones."""
     for prefix, backbone in backbones(model).items():
-        trained = (*prompts(backbone).values(), *heads(backbone).values())
-        tuned = {id(m) for module in trained for m in module.modules()}
+        trained = {id(m) for top in trained_modules(backbone).values() for m in top.modules()}
         for name, module in backbone.named_modules(prefix=prefix):
-            if id(module) not in tuned:
+            if id(module) not in trained:
                 yield name, module
 
 
@@ -263,7 +267,7 @@ def freeze(module: nn.Module, options: Options, weights_given: bool, mode: bool)
         # for by lean=dict(channels_last=True).
         module._protune.contiguous = options.lean is not None and options.lean.channels_last is None
     module.requires_grad_(False)
-    for trained in (*prompts(module).values(), *heads(module).values()):
+    for trained in trained_modules(module).values():
         trained.requires_grad_(True)
     module.train(mode)
     module.register_load_state_dict_post_hook(_after_load)

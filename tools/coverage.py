@@ -86,16 +86,16 @@ def main() -> None:
         with ProcessPoolExecutor(args.jobs, spawn, start_worker) as pool:
             configs = work(pool, read_config, [('config', f) for f in files], known, results)
             configs = [row for row in configs if chosen(row, args.backbone)]
-            models, backbones = {}, {}
+            models, distinct = {}, {}
             for row in configs:
                 if row.get('model'):
                     models[digest(row['model'])] = row['key']
                 for item in row.get('backbones', []):
                     item['file'] = row['file']
-                    backbones.setdefault(digest(item['structure']), item)
+                    distinct.setdefault(digest(item['structure']), item)
             build = [('build', key.partition(' ')[2]) for key in models.values()]
             rows = work(pool, try_config, build, known, results)
-            check = [('backbone', f'{i["file"]} {i["name"]}') for i in backbones.values()]
+            check = [('backbone', f'{i["file"]} {i["name"]}') for i in distinct.values()]
             rows += work(pool, try_backbone, check, known, results)
             # One config of each model type.
             types = {}
