@@ -1,0 +1,90 @@
+"""One training step through a whole stock model."""
+
+from __future__ import annotations
+
+import copy
+import traceback
+from types import SimpleNamespace
+
+import torch
+from mmengine.logging import MessageHub
+from mmengine.model import revert_sync_batchnorm
+from mmengine.runner import Runner
+from torch import nn
+
+import protune_mm
+from protune_mm.frozen import backbones, frozen_tensors
+from protune_mm.optim import wrap_constructor
+
+from .batches import batches
+from .building import build
+from .here import adapt
+from .reading import file_of, load, result, scope_name, scope_of, short
+
+
+def try_step(key: str) -> dict:
+    """Train the Pro-tuned model of one config; where that fails, the stock model.
+
+    Two steps, as behind a zero start gradients arrive in the second only: the loss is finite,
+    every prompt receives a gradient, and no frozen bit moves.
+    """
+    file = file_of(key)
+    problem = step(file, protune=True)
+    if not problem:
+        return result(key, 'ok', file=file)
+    if step(file, protune=False):
+        return result(key, 'stock fails', problem.splitlines()[0], file=file)
+    return result(key, 'failed', problem, file=file)
+
+
+def step(file: str, protune: bool) -> str:
+    """What went wrong, with every kind of generated data; '' if one of them trains."""
+    cfg = adapt(load(file, protune))
+    try:
+        torch.manual_seed(0)
+        model = revert_sync_batchnorm(build(cfg, file))
+        for parameter in model.parameters():  # Some layers leave memory as they find it.
+            if not parameter.abs().max() < 1e3:
+                parameter.data.normal_(0, 0.01)
+        model.train()
+    except Exception as error:
+        return short(error)
+    problems = []
+    scope = scope_name(cfg, file)
+    for data in batches(scope):
+        try:
+            with scope_of(scope):
+                return train(model, data)
+        except Exception as error:
+            problems.append(f'{short(error)}\n{traceback.format_exc(limit=-4)}')
+    return problems[0]
+
+
+def train(model: nn.Module, data: dict) -> str:
+    """Two steps on one batch; what was wrong with them, '' for nothing."""
+    holder = SimpleNamespace(model=model)
+    optimizer = dict(optimizer=dict(type='SGD', lr=1e-6))
+    if list(backbones(model).values()):
+        optimizer = wrap_constructor(optimizer)
+    wrapper = Runner.build_optim_wrapper(holder, optimizer)
+    before = {name: tensor.clone() for name, tensor in frozen_tensors(model)}
+    hub = MessageHub.get_current_instance()  # Some augmentations of batches ask how far we are.
+    for name in ('iter', 'epoch'):
+        hub.update_info(name, 0)
+    own = protune_mm.tuned_parameters(model)
+    # A teacher's prompts do not train.
+    lost = {name for name, parameter in own.items() if parameter.requires_grad}
+    hooks = [
+        own[name].register_hook(lambda grad, name=name: lost.discard(name)) for name in set(lost)
+    ]
+    for _ in range(2):
+        logs = model.train_step(copy.deepcopy(data), wrapper)
+    for hook in hooks:
+        hook.remove()
+    loss = logs['loss']
+    if not torch.isfinite(loss):
+        return f'the loss is {loss.item()}'
+    moved = [n for n, t in frozen_tensors(model) if not torch.equal(t, before[n])]
+    if moved:
+        return f'{moved[0]} moved'
+    return f'no gradient at {min(lost)}' if lost else ''

@@ -1,0 +1,120 @@
+"""The document of the coverage."""
+
+from __future__ import annotations
+
+import collections
+
+from protune_mm.compat import stack_versions
+
+from .backbones import LIMIT
+from .reading import digest
+
+PRETRAINING = (
+    'MAE', 'iTPN', 'MoCoV3', 'SimMIM', 'SparK', 'BEiT', 'SimCLR', 'BarlowTwins', 'MFF', 'SimSiam',
+    'BYOL', 'CAE', 'DenseCL', 'EVA', 'MaskFeat', 'MILAN', 'MixMIM', 'MoCo', 'SwAV',
+)  # fmt: skip
+"""Model types that pre-train a backbone: nobody tunes one in them."""
+
+
+def table(rows: list[dict]) -> str:
+    """The document."""
+    configs = [row for row in rows if row['key'].startswith('config ') and row.get('backbones')]
+    built = {row['file']: row for row in rows if row['key'].startswith('build ')}
+    by_model = {digest(r['model']): built[r['file']] for r in configs if r['file'] in built}
+    checks = {digest(r['structure']): r for r in rows if r['key'].startswith('backbone ')}
+    count = collections.defaultdict(collections.Counter)
+    facts = collections.defaultdict(list)
+    reasons = collections.defaultdict(set)
+    for row in configs:
+        outcome = by_model.get(digest(row['model']), {'status': 'not run', 'reason': ''})
+        status, reason = outcome['status'], outcome['reason']
+        for item in row['backbones']:
+            place = (row['library'], item['type'])
+            tried = checks.get(digest(item['structure']), {'status': 'not run', 'reason': ''})
+            facts[place].append(tried)
+            worst = max((status, tried['status']), key=ORDER.index)
+            if (status, tried['status']) == ('stock fails', 'ok'):
+                worst = 'backbone ok'
+            pretrains = row['model_type'] in PRETRAINING
+            count[place, pretrains][worst] += 1
+            if worst not in ('ok', 'not run'):
+                why = reason if status in (worst, 'stock fails') else tried['reason']
+                reasons[place, worst].add(why.splitlines()[0] if why else '')
+    text = [
+        '# Coverage: stock configs that can be Pro-tuned',
+        '',
+        'Every config that the libraries ship. "ok": the rewritten config builds; and its backbone',
+        'starts exactly as stock (bit for bit with `lean=False`; with lean layers to 1e-5, or in',
+        'float64 where rounding grows), gives every prompt and nothing frozen a gradient, leaves',
+        'all frozen tensors as they are in a step, and has prompts of at most',
+        f'{LIMIT:.0%} of its parameters. "stock fails": the stock config does not build or run in',
+        'this environment either. What the network would bring is made up: text encoders are',
+        'small and random, teachers and backbones have random weights.',
+        '',
+        '    PYTHONPATH=.extra python tools/coverage.py  # .extra: requirements/coverage.txt',
+        '',
+    ]
+    for pretrains, title in ((False, 'Detectors, segmentors, classifiers'), (True, 'Pre-training')):
+        chosen_rows = {place: c for (place, p), c in count.items() if p is pretrains}
+        total = sum(chosen_rows.values(), collections.Counter())
+        text += [
+            f'## {title}',
+            '',
+            f'{sum(total.values())} configs: {total["ok"]} ok; {total["backbone ok"]} with an ok '
+            f'backbone in a model that does not build here as stock; {total["refused"]} refused; '
+            f'{total["failed"]} failed; {total["stock fails"]} whose stock backbone does not run '
+            'here.',
+            '',
+            '| library | backbone | configs | ok | backbone ok | refused | failed | stock fails '
+            '| prompts |',
+            '|---|---|---|---|---|---|---|---|---|',
+        ]
+        for place, c in sorted(chosen_rows.items()):
+            shares = [f['prompts'] for f in facts[place] if 'prompts' in f]
+            share = f'{min(shares):.1%} to {max(shares):.1%}' if shares else ''
+            counts = ('ok', 'backbone ok', 'refused', 'failed', 'stock fails')
+            cells = [*place, sum(c.values()), *(c[name] for name in counts), share]
+            text.append(f'| {" | ".join(map(str, cells))} |')
+        text.append('')
+    text += [
+        '## A training step of every type of model',
+        '',
+        'Two steps on generated data through the whole model: finite loss, a gradient at every',
+        'prompt, frozen bits as they were. Up to five configs of a type are tried, the smallest',
+        'first; "stock fails": the stock model does not train on this data either.',
+        '',
+        *_steps(rows, configs),
+        '',
+        '## Reasons',
+        '',
+    ]
+    text += [
+        f'- {library} {kind}, {status}: {reason}'
+        for ((library, kind), status), found in sorted(reasons.items())
+        for reason in sorted(found)
+    ]
+    versions = ', '.join(f'{k} {v}' for k, v in stack_versions().items())
+    return '\n'.join([*text, '', f'Run with {versions}.', ''])
+
+
+def _steps(rows: list[dict], configs: list[dict]) -> list[str]:
+    """A line for each type of model."""
+    kind_of = {row['file']: (row['library'], row['model_type']) for row in configs}
+    tried = collections.defaultdict(list)
+    for row in rows:
+        if row['key'].startswith('step '):
+            tried[kind_of[row['file']]].append(row)
+    kinds = sorted(kind for kind in set(kind_of.values()) if kind[1] not in PRETRAINING)
+    lines = []
+    for kind in kinds:
+        found = {status: row for row in tried[kind] for status in [row['status']]}
+        worst = next((s for s in ('failed', 'ok', 'stock fails') if s in found), 'not tried')
+        row = found.get(worst, {'file': '', 'reason': 'the stock model does not build here'})
+        lines.append(f'| {" | ".join(kind)} | {worst} | {row["file"].partition("::")[2]} | '
+                     f'{row["reason"].partition(chr(10))[0][:120]} |')  # fmt: skip
+    good = sum(' | ok | ' in line for line in lines)
+    head = '| library | type | result | config | reason |\n|---|---|---|---|---|'
+    return [f'{good} of {len(lines)} types train.', '', head, *lines]
+
+
+ORDER = ('not run', 'ok', 'backbone ok', 'no backbone', 'stock fails', 'refused', 'failed')
