@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.utils import get_installed_path, is_installed
 
 from . import registry  # noqa: F401  (makes protune_mm::... paths resolve)
 from .factory import _is_protuned
@@ -16,6 +17,8 @@ DEFAULTS = dict(stages=None, prompt=None, lean=True, policy='prompts', require_w
 """Options of :func:`protune_mm.ProTuned` with their defaults, in the order they are written."""
 OPTIONS = tuple(DEFAULTS)
 
+BACKBONES = ('backbone', 'image_encoder')
+"""Keys of ``model`` that hold a backbone; retrieval and open-vocabulary models have the second."""
 NESTED = ('module', 'detector')
 """Keys of ``model`` under which a whole model sits: test-time augmentation, semi-supervision."""
 
@@ -91,9 +94,12 @@ def config_backbones(cfg: Config) -> Iterator[tuple[str, dict]]:
         name, model = pending.pop(0)
         if not isinstance(model, dict):
             continue
-        backbone = model.get('backbone')
-        if isinstance(backbone, dict) and 'type' in backbone:
-            yield f'{name}.backbone', backbone
+        for key in BACKBONES:
+            backbone, path = model.get(key), f'{name}.{key}'
+            if isinstance(backbone, list | tuple) and backbone:
+                backbone, path = backbone[0], f'{path}.0'  # The neck follows it.
+            if isinstance(backbone, dict) and 'type' in backbone:
+                yield path, backbone
         pending += [(f'{name}.{key}', model.get(key)) for key in NESTED]
 
 
@@ -180,6 +186,14 @@ def _read(path: str) -> Config:
         # mmengine wants a folder in the path, and our configs lie flat.
         return Config.fromfile(str(_SHIPPED / 'configs' / name))
     # Read as the base of an empty child, so that it gets the scope that a child's base gets.
-    cfg = Config.fromstring(f'_base_ = [{path!r}]', '.py')
+    try:
+        cfg = Config.fromstring(f'_base_ = [{path!r}]', '.py')
+    except ValueError:
+        # mmengine takes no folder such as `gn+ws` or `legacy_1.x` in the path of a base.
+        found = get_installed_path(package) if is_installed(package) else ''
+        file = Path(found, '.mim', 'configs', name)
+        if not file.is_file():
+            raise
+        return Config.fromfile(str(file))
     object.__setattr__(cfg, '_filename', Config._get_cfg_path(path, '')[0])
     return cfg

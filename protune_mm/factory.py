@@ -11,6 +11,7 @@ from torch import nn
 
 from .inject import protune
 from .registry import MODELS
+from .stages import refusal
 
 
 @MODELS.register_module()
@@ -49,8 +50,10 @@ def ProTuned(  # noqa: N802  (a registered type, spelled like one)
         raise ValueError("type='protune_mm.ProTuned' needs base='...', the stock backbone's type")
     if _is_protuned(base):
         raise ValueError("base='protune_mm.ProTuned' nests Pro-tuning: name the stock backbone")
-    if isinstance(base, str):
-        _look_up(base)
+    kind = _look_up(base) if isinstance(base, str) else base
+    reason = refusal(kind) if isinstance(kind, type) and policy != 'full' else None
+    if reason:  # Told before it is built: it may need a library that is not there.
+        raise ValueError(f'{kind.__name__} cannot be Pro-tuned: {reason}')
     return protune(
         ROOT.build(dict(type=base, **backbone)),
         stages=stages,
@@ -70,10 +73,11 @@ def _is_protuned(kind: object) -> bool:
     return kind is ProTuned
 
 
-def _look_up(base: str) -> None:
+def _look_up(base: str) -> type:
     with ROOT.switch_scope_and_registry(None) as registry:
-        if registry.get(base) is not None:
-            return
+        found = registry.get(base)
+        if found is not None:
+            return found
         known = list(registry.module_dict)
         scope = DefaultScope.get_current_instance()
         where = f"scope '{scope.scope_name}'" if scope else 'mmengine (no default scope is set)'

@@ -185,13 +185,25 @@ class Item:
 
 @dataclass(frozen=True)
 class Unknown:
-    """Block of a user's own backbone: decides by the shape of each output."""
+    """Block of a user's own backbone: decides by the dimensions of each output.
+
+    Attributes:
+        channels_last: maps are ``(B, H, W, C)``.
+        tokens: layout of ``(B, L, C)``. None: the grid is the block's second argument where it
+            has one, else the embedding knows it.
+    """
+
+    channels_last: bool = False
+    tokens: Tokens | None = None
 
     def join(self, site: Site, prompt: nn.Module, out: Tensor, args: tuple, kwargs: dict) -> Tensor:
         """Return the prompted output, of the shape of ``out``."""
         if isinstance(out, Tensor) and out.ndim == 4:
-            return Maps().join(site, prompt, out, args, kwargs)
+            maps = LastMaps() if self.channels_last else Maps()
+            return maps.join(site, prompt, out, args, kwargs)
         if isinstance(out, Tensor) and out.ndim == 3:
+            if self.tokens is not None:
+                return self.tokens.join(site, prompt, out, args, kwargs)
             by_argument = 'hw_shape' in kwargs or (
                 len(args) > 1 and isinstance(args[1], tuple | list | torch.Size)
             )
@@ -213,7 +225,7 @@ class Site:
         channels: channels C of the block's output.
         layout: how the output becomes a map.
         series: the prompt replaces the output (the paper's last block) instead of being added.
-        embedding: name of the backbone's submodule that knows the grid of tokens.
+        embedding: dotted name of the backbone's submodule that knows the grid of tokens.
         extra: number of extra tokens before the patch tokens.
         extra_tokens: what extra tokens receive: ``'keep'`` nothing, ``'map'`` their own prompt as
             maps of one pixel, ``'mean'`` the mean of the patches' prompt.

@@ -14,7 +14,7 @@ from torch import nn
 from .features import Item, PatchGrid, PatchMaps, Site, Tokens, Unknown
 from .frozen import Options, PromptedBlock, ProTunedBackbone, freeze
 from .lean import lean_options, make_lean
-from .probe import probe_channels
+from .probe import PROBE_SIZE, probe_channels
 from .registry import PROMPTS
 from .stages import Stage, find_family, known_families, refusal
 from .subclass import add_mixin, stock_type
@@ -203,7 +203,7 @@ def _attach(module: nn.Module, site: Site, prompt: nn.Module) -> None:
     needs_grid = isinstance(layout, Unknown | PatchMaps) or (
         isinstance(layout, Tokens) and not layout.grid_argument
     )
-    embedding = getattr(module, site.embedding, None)
+    embedding = dict(module.named_modules()).get(site.embedding)
     if needs_grid and isinstance(embedding, nn.Module) and not isinstance(embedding, PatchGrid):
         add_mixin(embedding, PatchGrid)
 
@@ -211,12 +211,15 @@ def _attach(module: nn.Module, site: Site, prompt: nn.Module) -> None:
 def _sites(module: nn.Module, options: Options) -> list[Site]:
     """Where prompts go, in the order of the forward pass."""
     family = find_family(stock_type(module))
-    if family is None and not isinstance(options.stages, list | tuple):
-        raise ValueError(
-            f'{type(module).__name__} is of no known backbone family ({known_families()}): name '
-            "its stages, stages=['layer1', ...], or add a row: docs/add_a_backbone.md"
-        )
     table = family.split(module) if family else []
+    if not table and not isinstance(options.stages, list | tuple):
+        why = (
+            'tells no stages' if family else f'is of no known backbone family ({known_families()})'
+        )
+        raise ValueError(
+            f"{type(module).__name__} {why}: name its stages, stages=['layer1', ...], or add a "
+            'row: docs/add_a_backbone.md'
+        )
     named = {stage.name for stage in table}
     unread = [name for name in (family.every(module) if family else []) if name not in named]
     if unread and options.stages in (None, 'blocks'):
@@ -227,7 +230,7 @@ def _sites(module: nn.Module, options: Options) -> list[Site]:
         )
     chosen = _choose(module, table, options.stages)
     last_block = table[-1].blocks[-1] if table else chosen[-1][1]
-    known = family is not None
+    known = bool(table)
     reachable = {block for stage in table for block in stage.blocks}
     sites = []
     for name, path in chosen:
@@ -251,7 +254,7 @@ def _sites(module: nn.Module, options: Options) -> list[Site]:
             read = path == last_block and family.reads_extra(module)
             site = replace(
                 site,
-                embedding=family.embedding,
+                embedding=family.embedding_of(module),
                 extra=family.count_extra(module, block),
                 extra_tokens=options.prompt['extra_tokens'] if read else 'keep',
             )
@@ -264,7 +267,8 @@ def _sites(module: nn.Module, options: Options) -> list[Site]:
         )
     unknown = [site for site in sites if site.channels == 0]
     if unknown:
-        found = probe_channels(module, unknown)
+        native = (family.native(module) if family else None) or PROBE_SIZE
+        found = probe_channels(module, unknown, native)
         sites = [replace(s, channels=found.get(s.block, s.channels)) for s in sites]
     return sites
 

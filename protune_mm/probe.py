@@ -103,12 +103,15 @@ def _snapshot(module: nn.Module) -> tuple[dict, list]:
     return attributes, [(container, container.copy()) for container in containers]
 
 
-def probe_channels(module: nn.Module, sites: list[Site]) -> dict[str, int]:
+def probe_channels(
+    module: nn.Module, sites: list[Site], size: tuple[int, int] = PROBE_SIZE
+) -> dict[str, int]:
     """Channels of the outputs of some blocks.
 
     Args:
         module: the backbone, unchanged afterwards.
         sites: where to look.
+        size: height and width of the image, in pixels. The image has 3 channels.
 
     Returns:
         dict[str, int]: dotted name of a block to the channels C of its output.
@@ -119,7 +122,7 @@ def probe_channels(module: nn.Module, sites: list[Site]) -> dict[str, int]:
         ValueError: see :func:`probe_outputs`.
     """
     names = [site.block for site in sites]
-    outputs = probe_outputs(module, names)
+    outputs = probe_outputs(module, names, size)
     try:
         others = probe_outputs(module, names, OTHER_SIZE)
     except ValueError:
@@ -134,7 +137,8 @@ def probe_channels(module: nn.Module, sites: list[Site]) -> dict[str, int]:
         out = outputs[site.block]
         if not isinstance(out, Tensor) or out.ndim not in (3, 4):
             raise TypeError(unexpected_output(site.name, out, EXPECTED))
-        axis = 1 if out.ndim == 4 else 2
+        last = out.ndim == 3 or getattr(site.layout, 'channels_last', False)
+        axis = out.ndim - 1 if last else 1
         other = others.get(site.block, out)
         if other.shape[axis] != out.shape[axis]:
             raise TypeError(

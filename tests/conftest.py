@@ -1,6 +1,7 @@
 """Shared fixtures: the stage table as parameters, scopes, and small data written on the fly."""
 
 import copy
+import importlib.util
 import logging
 import os
 import subprocess
@@ -29,8 +30,16 @@ ROOT = Path(__file__).parent.parent
 STOCK_TOOLS = {
     m.__name__: Path(m.__file__).parent / '.mim/tools' for m in (mmdet, mmseg, mmpretrain)
 }
+
+
+def needs(family):
+    """Skip a row whose backbones come from a library that is not installed."""
+    missing = family.requires and importlib.util.find_spec(family.requires) is None
+    return [pytest.mark.skip(f'{family.requires} is not installed')] if missing else []
+
+
 EVERY = [
-    pytest.param(library, family, id=f'{library}-{family.name}')
+    pytest.param(library, family, id=f'{library}-{family.name}', marks=needs(family))
     for family in FAMILIES
     for library in family.examples
 ]

@@ -45,6 +45,11 @@ def test_factory(backbone, message):
     assert '\n' not in str(caught.value)
 
 
+def test_a_backbone_that_cannot_be_tuned_says_so_before_it_is_built():
+    with pytest.raises(ValueError, match='VPD cannot be Pro-tuned: it is a diffusion network'):
+        build(base='mmseg.VPD', no_such_argument=1)
+
+
 def test_unknown_family_names_the_known_ones_and_the_file():
     class Mine(nn.Module):
         pass

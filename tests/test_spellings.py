@@ -8,6 +8,7 @@ from mmengine.registry import RUNNERS
 
 import protune_mm
 from protune_mm import cli
+from protune_mm.config import config_backbones, load_config, protune_config
 from protune_mm.runner import ProTuneRunner
 from tests.conftest import run_tool
 
@@ -181,6 +182,19 @@ def test_options_from_the_command_line_reach_an_overlay(tmp_path):
             'configs/retinanet_protune_r50_coco.py',
             options={'model.backbone.type': 'ResNeXt'},
         )
+
+
+def test_a_library_path_that_mmengine_takes_for_no_base():
+    cfg = load_config('mmdet::gn+ws/faster-rcnn_r50_fpn_gn-ws-all_1x_coco.py', protune=True)
+    assert cfg.model.backbone.base == 'ResNet'
+
+
+def test_a_backbone_under_another_name():
+    encoder = dict(type='ResNet', depth=18)
+    for key, place in ((encoder, 'model.image_encoder'), ([encoder], 'model.image_encoder.0')):
+        cfg = Config(dict(model=dict(type='ImageToImageRetriever', image_encoder=key)))
+        ((name, backbone),) = config_backbones(protune_config(cfg))
+        assert (name, backbone.type, backbone.base) == (place, 'protune_mm.ProTuned', 'ResNet')
 
 
 def test_our_paths_resolve_in_a_fresh_process():

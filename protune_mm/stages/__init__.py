@@ -11,11 +11,12 @@ from .maps import MAPS
 from .paths import PATHS
 from .refused import REFUSED
 from .tokens import TOKENS
+from .wrapped import WRAPPED
 
 __all__ = ['FAMILIES', 'LIBRARIES', 'Family', 'Stage', 'find_family', 'known_families', 'refusal']
 
 LIBRARIES = ('mmdet', 'mmseg', 'mmpretrain')
-FAMILIES: tuple[Family, ...] = (*MAPS, *TOKENS, *PATHS)
+FAMILIES: tuple[Family, ...] = (*MAPS, *TOKENS, *PATHS, *WRAPPED)
 
 
 def find_family(backbone_type: type) -> Family | None:

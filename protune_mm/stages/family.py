@@ -32,13 +32,16 @@ class Family:
         count_extra: number of extra tokens (class, distillation) in a block's output.
         reads_extra: whether a backbone returns the extra tokens alone; then they must pass
             through the last prompt, else it gets no gradient.
-        embedding: name of the submodule that knows the patch grid, where the blocks do not.
+        embedding: name of the submodule that knows the patch grid, where the blocks do not; or a
+            function of the backbone that says so.
         head: names of the submodules that are a classifier rather than a backbone; they train.
         forks: names of the submodules whose ``forward`` has another structure while training
             ('' is the backbone): their ``training`` follows the mode, their children's does not.
         every: names of all stages, also of those whose output reaches nothing that the backbone
             returns; for a message. Default: not known.
         image: channels, height and width of an image that the examples accept.
+        native: height and width of images that a backbone accepts, in pixels; None: any.
+        requires: a library that the row's backbones need beyond their own.
     """
 
     name: str
@@ -48,15 +51,21 @@ class Family:
     channels: Callable[[nn.Module], int] | None = None
     count_extra: Callable[[nn.Module, nn.Module], int] = lambda backbone, block: 0
     reads_extra: Callable[[nn.Module], bool] = lambda backbone: False
-    embedding: str = 'patch_embed'
+    embedding: str | Callable[[nn.Module], str] = 'patch_embed'
     head: Callable[[nn.Module], list[str]] = lambda backbone: []
     forks: Callable[[nn.Module], list[str]] = lambda backbone: []
     every: Callable[[nn.Module], list[str]] = lambda backbone: []
     image: tuple[int, int, int] = (3, 64, 96)
+    native: Callable[[nn.Module], tuple[int, int] | None] = lambda backbone: None
+    requires: str = ''
 
     def layout_of(self, backbone: nn.Module, block: nn.Module) -> Layout:
         """What one block returns."""
         return self.layout(backbone, block) if callable(self.layout) else self.layout
+
+    def embedding_of(self, backbone: nn.Module) -> str:
+        """Dotted name of what knows the patch grid."""
+        return self.embedding(backbone) if callable(self.embedding) else self.embedding
 
 
 def children(backbone: nn.Module, *containers: str) -> tuple[str, ...]:

@@ -1,0 +1,79 @@
+"""Backbones of timm, through MMPretrain's wrapper, tell where their stages end."""
+
+import pytest
+import torch
+from mmengine.registry import MODELS
+
+import protune_mm
+from protune_mm.frozen import frozen_tensors
+from tests.conftest import flat, move_prompts
+
+pytest.importorskip('timm', reason='timm is not installed: requirements/tests.txt has it')
+
+FEATURES = dict(features_only=True)
+VIT = dict(depth=4, embed_dim=48, num_heads=3)
+CASES = {
+    # name: arguments, image, stages
+    'resnet10t': (dict(), (64, 96), ['layer1', 'layer2', 'layer3', 'layer4']),
+    'resnet10t-stem-read': (
+        dict(features_only=True, out_indices=(0, 2)), (64, 96), ['act1', 'layer1', 'layer2'],
+    ),
+    'mobilenetv3_small_050': (
+        dict(features_only=True, out_indices=(2, 3, 4)), (64, 96),
+        [f'blocks.{i}' for i in (0, 1, 3, 5)],
+    ),
+    'convnext_atto': (FEATURES, (64, 96), [f'stages_{i}' for i in range(4)]),
+    'swin_tiny_patch4_window7_224': (
+        dict(**FEATURES, depths=(1, 1, 2, 1), embed_dim=24, num_heads=(1, 2, 3, 6)),
+        (224, 224), [f'layers_{i}' for i in range(4)],
+    ),
+    'vit_tiny_patch16_224': (
+        dict(VIT, dynamic_img_size=True), (64, 96), [f'blocks.{i}' for i in range(4)],
+    ),
+    'vit_small_patch14_reg4_dinov2': (
+        dict(VIT, **FEATURES, out_indices=(1, 3), img_size=(70, 98)), (70, 98),
+        ['blocks.1', 'blocks.3'],
+    ),
+    'xcit_nano_12_p16_224': (dict(depth=4), (64, 96), [f'blocks.{i}' for i in range(4)]),
+    'mixer_s32_224': (dict(), (224, 224), [f'blocks.{i}' for i in (1, 3, 5, 7)]),
+    'levit_128s': (dict(), (224, 224), [f'stages.{i}' for i in range(3)]),
+}  # fmt: skip
+
+
+def wrapped(name, lean=None, **more):
+    config = dict(type='mmpretrain.TIMMBackbone', model_name=name.partition('-')[0], **more)
+    torch.manual_seed(0)
+    backbone = MODELS.build(config).requires_grad_(False)
+    backbone.train(False)
+    return backbone if lean is None else protune_mm.protune(backbone, lean=lean)
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_a_timm_backbone(name):
+    arguments, size, stages = CASES[name]
+    x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = flat(wrapped(name, **arguments)(x))
+        for lean, tolerance in ((False, 0), (True, 1e-4)):  # float32
+            got = flat(wrapped(name, lean, **arguments)(x))
+            for a, b in zip(expected, got, strict=True):
+                assert (a - b).abs().max() <= tolerance * a.abs().max()
+    for lean in (False, True):
+        tuned = wrapped(name, lean, **arguments)
+        names = [m._protune_site.name for m in tuned.modules() if hasattr(m, '_protune_site')]
+        assert names == stages
+        own = protune_mm.tuned_parameters(tuned)
+        assert sum(p.numel() for p in own.values()) <= 0.08 * sum(
+            t.numel() for _, t in frozen_tensors(tuned)
+        )
+        move_prompts(tuned)
+        before = {n: t.clone() for n, t in frozen_tensors(tuned)}
+        sum(o.square().mean() for o in flat(tuned.train()(x))).backward()
+        for key, parameter in tuned.named_parameters():
+            assert (parameter.grad is not None and bool(parameter.grad.any())) == (key in own), key
+        assert all(torch.equal(t, before[n]) for n, t in frozen_tensors(tuned))
+
+
+def test_a_timm_backbone_that_tells_no_stages():
+    with pytest.raises(ValueError, match=r'TIMMBackbone tells no stages: name its stages'):
+        wrapped('hrnet_w18_small', True, **FEATURES)
