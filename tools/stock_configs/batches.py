@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-SIZES = ((128, 128), (224, 224), (256, 256))
+SIZES = ((128, 128), (224, 224), (384, 384))
 """Heights and widths of the images, in pixels, in the order they are tried."""
 
 
@@ -79,7 +79,7 @@ def _detection(size: tuple[int, int]) -> Iterator[dict]:
             num_items=[2, 2],
             with_mask=True,
         )
-    yield _identities(size)
+    yield _identities((256, 128))
 
 
 def _boxes(size: tuple[int, int], boxes: bool) -> dict:

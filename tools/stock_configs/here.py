@@ -40,6 +40,8 @@ def _adapt(value: object) -> None:
     for key in ('pretrained', 'teacher_ckpt', 'checkpoint_path'):
         if value.get(key):
             value.pop(key)
+    if value.get('type') == 'AppearanceFreeLink':
+        value['checkpoint'] = ''
     rules = value.get('init_cfg')
     if isinstance(rules, dict) and rules.get('type') == 'Pretrained':
         value.pop('init_cfg')

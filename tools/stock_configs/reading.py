@@ -42,7 +42,10 @@ def home(library: str) -> Path:
 def load(file: str, protune: bool = False) -> Config:
     """A stock config, read by its path as the library's own tools do."""
     library, _, name = file.partition('::')
-    return protune_mm.load_config(str(home(library) / 'configs' / name), protune=protune)
+    cfg = protune_mm.load_config(str(home(library) / 'configs' / name), protune=protune)
+    if 'model' in cfg and 'data_preprocessor' in cfg and scope_name(cfg, file) == 'mmpretrain':
+        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
+    return cfg
 
 
 def scope_name(cfg: Config, file: str) -> str:
