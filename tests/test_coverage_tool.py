@@ -1,8 +1,9 @@
 """tools/coverage.py tries stock configs, notes each result at once, and goes on where it was."""
 
 import json
+import os
 
-from tests.conftest import run_tool
+from tests.conftest import ROOT, run_tool
 
 CONFIGS = (
     'mmpretrain::shufflenet_v2/shufflenet-v2-1x_16xb64_in1k.py',
@@ -27,7 +28,9 @@ def test_a_sample_of_configs(tmp_path):
     assert 0 < backbones[0]['prompts'] < 0.08
     assert 'masks its own tokens' in backbones[1]['reason']
     steps = [row for row in rows if row['key'].startswith('step')]
-    assert [row['type'] for row in steps] == ['ImageClassifier']
+    assert [row['file'] for row in steps] == [CONFIGS[0]]
+    assert '| mmpretrain | ImageClassifier | ok | shufflenet_v2/' in done.stdout
+    assert '1 of 1 types train' in done.stdout
     assert '1 configs: 1 ok; 0 with an ok backbone' in done.stdout
     assert '1 configs: 0 ok; 0 with an ok backbone in a model' in done.stdout
     assert '[1/' in done.stdout
@@ -40,3 +43,25 @@ def test_a_sample_of_configs(tmp_path):
         '[1/1,'
     )
     assert run(tmp_path, '--table').stdout.count('ImageClassifier') == 1
+
+
+def job(key):
+    if key.startswith('kill'):
+        os._exit(9)
+    if key.startswith('raise'):
+        raise ValueError('a mistake')
+    return dict(key=key, status='ok', reason='')
+
+
+def test_a_process_that_dies_costs_one_job(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+    from stock_configs.results import Results
+
+    keys = ['good a', 'kill b', 'raise c', *(f'good {i}' for i in range(6))]
+    results = Results(tmp_path / 'results.jsonl', 2)
+    rows = results.work(job, keys)
+    assert [row['key'] for row in rows] == keys
+    assert [row['status'] for row in rows] == ['ok', 'failed', 'failed', *['ok'] * 6]
+    assert [row['reason'] for row in rows[1:3]] == ['the process died', 'ValueError: a mistake']
+    assert '[9/9, 0 min left]' in capsys.readouterr().out
+    assert Results(tmp_path / 'results.jsonl', 2).work(job, keys) == rows
