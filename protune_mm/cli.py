@@ -14,7 +14,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from .config import config_backbones, is_protuned, library, load_config
-from .inject import POLICIES
+from .policies import POLICIES, check_policy
 
 DEBUG = 'PROTUNE_DEBUG'
 """Environment variable: set to 1 for the traceback of an error that is otherwise one line."""
@@ -29,9 +29,9 @@ def add_common_arguments(parser: argparse.ArgumentParser, checkpoint: bool = Fal
     parser.add_argument('--protune', action='store_true', help='Pro-tune a stock config')
     parser.add_argument(
         '--policy',
-        choices=POLICIES,
-        help="the twin of a Pro-tuned config: 'head-only' (frozen backbone, no prompts) or "
-        "'full' (stock fine-tuning)",
+        metavar='|'.join(POLICIES),
+        help="the twin of a Pro-tuned config: 'head-only' (frozen backbone, no prompts), 'full' "
+        "(stock fine-tuning), or frozen but for biases, norms or the last K blocks ('last-2')",
     )
     parser.add_argument(
         '--cfg-options',
@@ -73,6 +73,8 @@ def read_config(
         ValueError: a policy for a config that is not Pro-tuned, and what
             :func:`protune_mm.protune_config` raises.
     """
+    if policy is not None:
+        check_policy(policy)
     cfg = load_config(path, protune=protune, cfg_options=options)
     if policy is not None:
         if not is_protuned(cfg):

@@ -41,6 +41,8 @@ class State:
     Attributes:
         options: how it was Pro-tuned.
         head: names of its submodules that are a classifier, which trains.
+        blocks: names of the blocks that a policy other than prompts trains.
+        parameters: names of the single parameters that a policy other than prompts trains.
         loads: which frozen tensors have received weights.
         initialized: its prompts have been given their start by ``init_weights``.
         contiguous: it runs on contiguous maps: its forward cannot run on others, or nobody has
@@ -49,6 +51,8 @@ class State:
 
     options: Options
     head: tuple[str, ...] = ()
+    blocks: tuple[str, ...] = ()
+    parameters: frozenset[str] = frozenset()
     loads: LoadRecord = field(default_factory=LoadRecord)
     initialized: bool = False
     contiguous: bool = False
@@ -100,7 +104,7 @@ class ProTunedBackbone:
         frozen from outside (a teacher's) stay so.
         """
         trained = trained_modules(self).values()
-        wanted = {p: p.requires_grad for module in trained for p in module.parameters()}
+        wanted = {p: p.requires_grad for p in _trained_parameters(self)}
         super().train(False)
         for parameter, requires_grad in wanted.items():
             parameter.requires_grad_(requires_grad)
@@ -181,8 +185,19 @@ def prompts(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def prompt_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name to parameter of all prompts of a model, in the order of its modules."""
+    return {
+        f'{name}.{key}': parameter
+        for name, prompt in prompts(model).items()
+        for key, parameter in prompt.named_parameters()
+    }
+
+
 def tuned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name to parameter of all prompts of a model: the one definition of "tuned".
+    """Name to parameter of all that is tuned in a model's backbones: the one definition of it.
+
+    That is their prompts, or what another policy trains instead (biases, say).
 
     Args:
         model: a backbone or anything that contains one, wrapped (DDP, EMA) or not.
@@ -190,11 +205,16 @@ def tuned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     Returns:
         dict[str, nn.Parameter]: dotted name inside ``model`` to parameter; empty if no prompt.
     """
-    return {
-        f'{name}.{key}': parameter
-        for name, prompt in prompts(model).items()
-        for key, parameter in prompt.named_parameters()
-    }
+    tuned = prompt_parameters(model)
+    for prefix, backbone in backbones(model).items():
+        state = backbone._protune
+        if not state.parameters and not state.blocks:
+            continue
+        for name, parameter in backbone.named_parameters():
+            inside = any(name.startswith(f'{block}.') for block in state.blocks)
+            if inside or name in state.parameters:
+                tuned[f'{prefix}.{name}'.lstrip('.')] = parameter
+    return tuned
 
 
 def backbones(model: nn.Module) -> dict[str, nn.Module]:
@@ -203,7 +223,7 @@ def backbones(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def frozen_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every frozen parameter and buffer: all that backbones hold but prompts and classifiers.
+    """Every frozen parameter and buffer: all that backbones hold but what trains.
 
     Args:
         model: a backbone or anything that contains one.
@@ -221,6 +241,8 @@ def frozen_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 module.named_parameters(recurse=False), module.named_buffers(recurse=False)
             )
             for key, tensor in own:
+                if f'{relative}.{key}'.lstrip('.') in backbone._protune.parameters:
+                    continue
                 yield f'{module_name}.{key}'.lstrip('.'), tensor
 
 
@@ -230,8 +252,16 @@ def heads(backbone: nn.Module) -> dict[str, nn.Module]:
 
 
 def trained_modules(backbone: nn.Module) -> dict[str, nn.Module]:
-    """Dotted name to each submodule of a backbone that trains: its prompts and its classifier."""
-    return {**prompts(backbone), **heads(backbone)}
+    """Dotted name to each submodule of a backbone that trains: prompts, classifier, blocks."""
+    blocks = {name: backbone.get_submodule(name) for name in backbone._protune.blocks}
+    return {**prompts(backbone), **heads(backbone), **blocks}
+
+
+def _trained_parameters(backbone: nn.Module) -> Iterator[nn.Parameter]:
+    for module in trained_modules(backbone).values():
+        yield from module.parameters()
+    for name in backbone._protune.parameters:
+        yield backbone.get_parameter(name)
 
 
 def forks(backbone: nn.Module) -> list[nn.Module]:
@@ -249,7 +279,14 @@ def frozen_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 yield name, module
 
 
-def freeze(module: nn.Module, options: Options, weights_given: bool, mode: bool) -> None:
+def freeze(
+    module: nn.Module,
+    options: Options,
+    weights_given: bool,
+    mode: bool,
+    blocks: tuple[str, ...] = (),
+    parameters: frozenset[str] = frozenset(),
+) -> None:
     """Make a backbone with its prompts attached a :class:`ProTunedBackbone`.
 
     Args:
@@ -257,18 +294,20 @@ def freeze(module: nn.Module, options: Options, weights_given: bool, mode: bool)
         options: how it was Pro-tuned.
         weights_given: it holds its pre-trained weights already.
         mode: whether its prompts are in training mode.
+        blocks: names of blocks that train.
+        parameters: names of single parameters that train.
     """
     add_mixin(module, ProTunedBackbone)
     family = find_family(stock_type(module))
     head = tuple(family.head(module)) if family else ()
-    module._protune = State(options, head, LoadRecord(given=weights_given))
+    module._protune = State(options, head, blocks, parameters, LoadRecord(given=weights_given))
     if family is None:
         # A user's own may call operations that read memory as if it were contiguous: it is asked
         # for by lean=dict(channels_last=True).
         module._protune.contiguous = options.lean is not None and options.lean.channels_last is None
     module.requires_grad_(False)
-    for trained in trained_modules(module).values():
-        trained.requires_grad_(True)
+    for parameter in _trained_parameters(module):
+        parameter.requires_grad_(parameter.is_floating_point())
     module.train(mode)
     module.register_load_state_dict_post_hook(_after_load)
 
@@ -279,10 +318,10 @@ def _after_load(module: nn.Module, incompatible: Any) -> None:
     A module-level function, so that deepcopy and pickle of the backbone work.
     """
     loads = module._protune.loads
-    mine = [f'{loads.prefix}{name}' for name in tuned_parameters(module)]
+    mine = [f'{loads.prefix}{name}' for name in prompt_parameters(module)]
     missing = set(incompatible.missing_keys)
     # Some layers keep what they computed from their weights when they were last told the mode.
-    module.train(any(prompt.training for prompt in prompts(module).values()))
+    module.train(any(trained.training for trained in trained_modules(module).values()))
     loads.note([name for name, _ in frozen_tensors(module)], missing, incompatible.unexpected_keys)
     if mine and missing.issuperset(mine):
         keep = [key for key in incompatible.missing_keys if key not in set(mine)]

@@ -17,6 +17,7 @@ from .frozen import (
     forks,
     frozen_modules,
     frozen_tensors,
+    prompt_parameters,
     tuned_parameters,
 )
 from .registry import HOOKS
@@ -123,7 +124,7 @@ class FrozenGuardHook(Hook):
             self._versions[name] = tensor._version
 
     def _watch_gradients(self, model: nn.Module) -> None:
-        tuned = {n: p for n, p in tuned_parameters(model).items() if p.requires_grad}
+        tuned = {n: p for n, p in prompt_parameters(model).items() if p.requires_grad}
         self._without_gradient = set(tuned)
         self._handles = [
             parameter.register_hook(lambda _, name=name: self._without_gradient.discard(name))

@@ -14,6 +14,7 @@ from torch import nn
 from .features import Item, PatchGrid, PatchMaps, Site, Tokens, Unknown
 from .frozen import Options, PromptedBlock, ProTunedBackbone, freeze
 from .lean import lean_options, make_lean
+from .policies import blocks_of, check_policy, keeps_lean_layers, parameters_of
 from .probe import PROBE_SIZE, probe_channels
 from .registry import PROMPTS
 from .stages import Stage, find_family, known_families, refusal
@@ -21,7 +22,6 @@ from .subclass import add_mixin, stock_type
 
 DEFAULT_PROMPT = dict(type='ProTuningBlock', ratio=8, last='residual', extra_tokens='map')
 NAMED_PROMPTS = {'paper': dict(type='ProTuningBlock', last='series')}
-POLICIES = ('prompts', 'head-only', 'full')
 
 
 def protune(
@@ -54,8 +54,10 @@ def protune(
             ``'memory'``: least memory; ``'time'``: least time; False: stock layers. Or any part
             of ``dict(prefer='memory', dtype=None, channels_last=None)``, see
             :class:`protune_mm.lean.LeanOptions`.
-        policy: ``'prompts'``; ``'head-only'``: freeze, no prompts; ``'full'``: leave the module
-            as it is, for comparison.
+        policy: ``'prompts'``. For comparison: ``'head-only'``: freeze, no prompts; ``'full'``:
+            leave the module as it is; ``'bias'`` (BitFit), ``'norm'`` or ``'last-K'``, such as
+            ``'last-2'``: freeze all but biases, norms or the last K blocks; these run stock
+            layers.
         require_weights: a frozen backbone without loaded weights is an error, not a warning.
         weights_given: the module holds its pre-trained weights already. Default True: they are
             kept, also by ``init_weights``, and not asked for.
@@ -72,10 +74,9 @@ def protune(
     Source: arXiv 2207.14381, Figure 2.
     """
     stages = list(stages) if isinstance(stages, tuple) else stages
-    lean_as = lean_options(lean)
+    lean_as = lean_options(lean) if keeps_lean_layers(policy) else None
     options = Options(stages, _prompt_config(prompt), lean_as, policy, require_weights)
-    if policy not in POLICIES:
-        raise ValueError(f"policy='{policy}' is unknown: use one of {', '.join(POLICIES)}")
+    check_policy(policy)
     if isinstance(module, ProTunedBackbone):
         if module._protune.options == options:
             return module
@@ -92,6 +93,9 @@ def protune(
     if policy == 'full':
         return module
     sites = _sites(module, options) if policy == 'prompts' else []
+    family = find_family(stock_type(module))
+    parameters = parameters_of(policy, module)
+    blocks = blocks_of(policy, module, family.split(module) if family else [])
     # Everything that can fail on bad input is done before the module is touched.
     prompts = _build_prompts(module, sites, options, _names_ratio(prompt))
     likes = [_home(module.get_submodule(site.block)) for site in sites]
@@ -104,7 +108,7 @@ def protune(
     for site, block, home in zip(sites, prompts, likes, strict=True):
         block.lean = lean_as is not None
         _attach(module, site, block.to(**home))
-    freeze(module, options, weights_given, mode)
+    freeze(module, options, weights_given, mode, blocks, parameters)
     return module
 
 

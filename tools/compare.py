@@ -18,7 +18,7 @@ import torch
 
 from protune_mm import cli
 from protune_mm.compat import stack_versions
-from protune_mm.inject import POLICIES
+from protune_mm.policies import POLICIES
 
 TOOLS = Path(__file__).parent
 ORDER = ('head-only', 'prompts', 'full')
@@ -28,7 +28,7 @@ TITLES = {'head-only': 'head-only', 'prompts': 'Pro-tuned', 'full': 'full fine-t
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('configs', nargs='+', help='Pro-tuned configs with save_best set')
-    parser.add_argument('--policies', nargs='+', choices=POLICIES, default=list(ORDER))
+    parser.add_argument('--policies', nargs='+', metavar='|'.join(POLICIES), default=list(ORDER))
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--epochs', type=int, help='default: as the config says')
     parser.add_argument('--out', default='docs/real_runs', help='folder of results and table')

@@ -14,7 +14,7 @@ from torch import Tensor
 from protune_mm import cli
 from protune_mm.config import library
 from protune_mm.frozen import backbones
-from protune_mm.inject import POLICIES
+from protune_mm.policies import POLICIES
 from protune_mm.probe import PROBE_SIZE, probe_outputs
 from protune_mm.report import parameter_counts, parameter_line, prompt_rows
 
@@ -23,7 +23,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description='Print the table of stages and prompts')
     parser.add_argument('config', help='config file, or package::path, stock or Pro-tuned')
     parser.add_argument('--protune', action='store_true', help='Pro-tune a stock config')
-    parser.add_argument('--policy', choices=POLICIES, help='twin of the config to inspect')
+    parser.add_argument(
+        '--policy', metavar='|'.join(POLICIES), help='twin of the config to inspect'
+    )
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='override settings')
     parser.add_argument(
         '--shape',
