@@ -4,12 +4,14 @@ from .config import load_config, overlay, protune_config
 from .factory import ProTuned
 from .frozen import tuned_parameters
 from .inject import protune
+from .merge import merge
 from .version import __version__
 
 __all__ = [
     'ProTuned',
     '__version__',
     'load_config',
+    'merge',
     'overlay',
     'protune',
     'protune_config',

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -184,6 +184,50 @@ class Item:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Layer output ``(..., C)`` of which each row stands for itself; for prompts of 1x1 layers."""
+
+    def join(self, site: Site, prompt: nn.Module, out: Tensor, args: tuple, kwargs: dict) -> Tensor:
+        """Return the prompted output, of the shape of ``out`` but for its channels."""
+        rows = out.reshape(out.shape[0], -1, out.shape[-1])
+        # In memory this is a channels-last map: nothing is copied.
+        made = prompt(rows.transpose(1, 2).unsqueeze(3)).squeeze(3).transpose(1, 2)
+        made = made.reshape(*out.shape[:-1], made.shape[-1])
+        return made if site.series else out + made
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Layer inside a block, or a block, whose prompt reads what the layer reads.
+
+    Attributes:
+        layout: of the layer's input.
+    """
+
+    layout: Maps | LastMaps | Tokens | Rows
+
+    def join(self, site: Site, prompt: nn.Module, out: Tensor, args: tuple, kwargs: dict) -> Tensor:
+        """Return the layer's output with the prompt added."""
+        given = args[0] if args else next(iter(kwargs.values()))
+        alone = replace(site, series=True, extra_tokens='map')
+        return out + self.layout.join(alone, prompt, given, args, kwargs)
+
+
+class TellsGrid:
+    """Mixin for a block that receives its grid: keeps it for the prompts inside the block."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the block, unchanged."""
+        layout, given = self._protune_grid, args[0] if args else None
+        height, width = layout.find_grid(None, given, args, kwargs)
+        token = _grid.set((int(height), int(width)))
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            _grid.reset(token)
+
+
+@dataclass(frozen=True)
 class Unknown:
     """Block of a user's own backbone: decides by the dimensions of each output.
 
@@ -212,7 +256,7 @@ class Unknown:
 
 
 EXPECTED = 'a (B, C, H, W) tensor, or (B, L, C) tokens'
-Layout = Maps | LastMaps | PatchMaps | Tokens | Item | Unknown
+Layout = Maps | LastMaps | PatchMaps | Tokens | Rows | Beside | Item | Unknown
 
 
 @dataclass(frozen=True)
@@ -229,6 +273,7 @@ class Site:
         extra: number of extra tokens before the patch tokens.
         extra_tokens: what extra tokens receive: ``'keep'`` nothing, ``'map'`` their own prompt as
             maps of one pixel, ``'mean'`` the mean of the patches' prompt.
+        geometry: how the prompt of a layer is built besides ``channels``, such as its stride.
     """
 
     name: str
@@ -239,6 +284,7 @@ class Site:
     embedding: str = 'patch_embed'
     extra: int = 0
     extra_tokens: str = 'keep'
+    geometry: dict = field(default_factory=dict)
 
 
 def unexpected_output(name: str, out: object, expected: str) -> str:

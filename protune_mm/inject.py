@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import logging
 from dataclasses import replace
 
@@ -11,13 +12,27 @@ from mmengine.config import ConfigDict
 from mmengine.logging import print_log
 from torch import nn
 
-from .features import Item, PatchGrid, PatchMaps, Site, Tokens, Unknown
+from .features import (
+    Beside,
+    Item,
+    LastMaps,
+    Layout,
+    Maps,
+    PatchGrid,
+    PatchMaps,
+    Rows,
+    Site,
+    TellsGrid,
+    Tokens,
+    TokensOfGrid,
+    Unknown,
+)
 from .frozen import Options, PromptedBlock, ProTunedBackbone, freeze
 from .lean import lean_options, make_lean
 from .policies import blocks_of, check_policy, keeps_lean_layers, parameters_of
-from .probe import PROBE_SIZE, probe_channels
+from .probe import PROBE_SIZE, probe_channels, probe_layers
 from .registry import PROMPTS
-from .stages import Stage, find_family, known_families, refusal
+from .stages import Family, Stage, find_family, known_families, refusal
 from .subclass import add_mixin, stock_type
 
 DEFAULT_PROMPT = dict(type='ProTuningBlock', ratio=8, last='residual', extra_tokens='map')
@@ -169,15 +184,8 @@ def _build_prompts(
 
 
 def _build_prompt(site: Site, config: dict) -> nn.Module:
-    options = {k: v for k, v in config.items() if k not in ('type', 'last', 'extra_tokens')}
-    kind = config['type']
-    cls = PROMPTS.get(kind.removeprefix('protune_mm.')) if isinstance(kind, str) else kind
-    if cls is None:
-        PROMPTS.import_from_location()
-        raise ValueError(
-            f"prompt.type='{kind}' is unknown: known are {', '.join(PROMPTS.module_dict)}; add "
-            'your own with protune_mm.registry.PROMPTS'
-        )
+    options = {**_own_options(config), **site.geometry}
+    cls = _prompt_class(config)
     if site.series:
         # A prompt that replaces the output and starts at zero would erase it.
         options['zero_init'] = False
@@ -188,6 +196,23 @@ def _build_prompt(site: Site, config: dict) -> nn.Module:
             return cls(channels=site.channels, **options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"prompt of stage '{site.name}': {error}") from error
+
+
+def _own_options(config: dict) -> dict:
+    """What of a prompt's config the prompt type itself takes."""
+    return {k: v for k, v in config.items() if k not in ('type', 'last', 'extra_tokens')}
+
+
+def _prompt_class(config: dict) -> type[nn.Module]:
+    kind = config['type']
+    cls = PROMPTS.get(kind.removeprefix('protune_mm.')) if isinstance(kind, str) else kind
+    if cls is None:
+        PROMPTS.import_from_location()
+        raise ValueError(
+            f"prompt.type='{kind}' is unknown: known are {', '.join(PROMPTS.module_dict)}; add "
+            'your own with protune_mm.registry.PROMPTS'
+        )
+    return cls
 
 
 def _home(block: nn.Module) -> dict:
@@ -204,6 +229,13 @@ def _attach(module: nn.Module, site: Site, prompt: nn.Module) -> None:
     block.prompt = prompt
     block._protune_site = site
     layout = site.layout.layout if isinstance(site.layout, Item) else site.layout
+    if isinstance(layout, Beside):
+        layout = layout.layout
+        around = _block_with_grid(module, site)
+        if isinstance(layout, Tokens) and around is not None:
+            block_layout, block = around
+            add_mixin(block, TellsGrid)
+            block._protune_grid = block_layout
     needs_grid = isinstance(layout, Unknown | PatchMaps) or (
         isinstance(layout, Tokens) and not layout.grid_argument
     )
@@ -232,7 +264,12 @@ def _sites(module: nn.Module, options: Options) -> list[Site]:
             f'{module.out_indices} reads nothing from there',
             logger='current',
         )
-    chosen = _choose(module, table, options.stages)
+    kind = _prompt_class(options.prompt)
+    where = getattr(kind, 'where', 'stages')
+    if where == 'layers':
+        return _layer_sites(module, family, table, options)
+    wanted = 'blocks' if where == 'blocks' and options.stages is None else options.stages
+    chosen = _choose(module, table, wanted)
     last_block = table[-1].blocks[-1] if table else chosen[-1][1]
     known = bool(table)
     reachable = {block for stage in table for block in stage.blocks}
@@ -275,6 +312,100 @@ def _sites(module: nn.Module, options: Options) -> list[Site]:
         found = probe_channels(module, unknown, native)
         sites = [replace(s, channels=found.get(s.block, s.channels)) for s in sites]
     return sites
+
+
+def _layer_sites(
+    module: nn.Module, family: Family | None, table: list[Stage], options: Options
+) -> list[Site]:
+    """Where prompts go that run beside layers inside blocks."""
+    kind, name = _prompt_class(options.prompt), options.prompt['type']
+    if not table:
+        raise ValueError(
+            f"prompt.type='{name}' needs to know the blocks of {type(module).__name__}: add a row, "
+            'see docs/add_a_backbone.md'
+        )
+    if options.prompt['last'] == 'series':
+        raise ValueError(f"prompt.last='series': prompt.type='{name}' runs beside layers")
+    blocks = _blocks(module, table, options.stages)
+    found = {}
+    for block in blocks:
+        for layer in kind.layers(module.get_submodule(block), **_own_options(options.prompt)):
+            found[f'{block}.{layer}'.rstrip('.')] = block
+    shapes = probe_layers(module, list(found), family.native(module) or PROBE_SIZE)
+    sites = []
+    for path, (given, returned) in shapes.items():
+        layer, block = module.get_submodule(path), module.get_submodule(found[path])
+        layout, extra = _layer_layout(module, family, block, layer, given)
+        axis = 1 if isinstance(layout, Maps) else -1
+        geometry = dict(out_channels=returned[axis])
+        if isinstance(layer, nn.Conv2d):
+            names = ('kernel_size', 'stride', 'padding', 'dilation')
+            geometry |= {key: getattr(layer, key) for key in names}
+        elif isinstance(layout, Maps | LastMaps):
+            height = 2 if isinstance(layout, Maps) else 1
+            geometry['stride'] = -(-given[height] // returned[height])
+        sites.append(
+            Site(
+                name=path,
+                block=path,
+                channels=given[axis],
+                layout=Beside(layout),
+                embedding=family.embedding_of(module),
+                extra=extra,
+                geometry=_taken(kind, geometry),
+            )
+        )
+    if not sites:
+        raise ValueError(
+            f"prompt.type='{name}' finds no layer in the blocks of {type(module).__name__}"
+        )
+    return sites
+
+
+def _taken(kind: type, geometry: dict) -> dict:
+    """What of a layer's geometry a prompt type wants to know."""
+    return {k: v for k, v in geometry.items() if k in inspect.signature(kind).parameters}
+
+
+def _layer_layout(
+    module: nn.Module, family: Family, block: nn.Module, layer: nn.Module, given: torch.Size
+) -> tuple[Layout, int]:
+    """Layout of what a layer reads, and how many extra tokens it has."""
+    if isinstance(layer, nn.Conv2d):
+        return Maps(), 0
+    if isinstance(layer, nn.Linear):
+        return Rows(), 0
+    layout = family.layout_of(module, block)
+    layout = layout.layout if isinstance(layout, Item) else layout
+    if layer is block or not isinstance(layout, Tokens) or isinstance(layout, TokensOfGrid):
+        return layout, family.count_extra(module, block)
+    # Inside a block nobody hands the grid on.
+    return Tokens(grid_argument=False), family.count_extra(module, block)
+
+
+def _block_with_grid(module: nn.Module, site: Site) -> tuple[Layout, nn.Module] | None:
+    """Layout and block around a layer, where the block receives the grid as an argument."""
+    family = find_family(stock_type(module))
+    for stage in family.split(module):
+        for path in stage.blocks:
+            if site.block.startswith(f'{path}.'):
+                block = module.get_submodule(path)
+                layout = family.layout_of(module, block)
+                known = isinstance(layout, Tokens) and not isinstance(layout, TokensOfGrid)
+                wanted = known and layout.grid_argument and not isinstance(block, TellsGrid)
+                return (layout, block) if wanted else None
+    return None
+
+
+def _blocks(module: nn.Module, table: list[Stage], stages: str | list[str] | None) -> list[str]:
+    """The blocks of all stages, or of those named."""
+    if stages in (None, 'blocks'):
+        return [block for stage in table for block in stage.blocks]
+    by_name = {stage.name: stage.blocks for stage in table}
+    chosen = []
+    for name, path in _choose(module, table, stages):
+        chosen += by_name.get(name, (path,))
+    return chosen
 
 
 def _choose(

@@ -53,6 +53,45 @@ def probe_outputs(
     return outputs
 
 
+def probe_layers(
+    module: nn.Module, names: list[str], size: tuple[int, int] = PROBE_SIZE
+) -> dict[str, tuple[torch.Size, torch.Size]]:
+    """Shapes of what some submodules read first and return, for one image.
+
+    Args:
+        module: the backbone, unchanged afterwards.
+        names: dotted names of submodules.
+        size: height and width of the image, in pixels. The image has 3 channels.
+
+    Returns:
+        dict: dotted name to the shapes of input and output, for the submodules that are called
+        and take and return a tensor.
+
+    Raises:
+        ValueError: the backbone cannot run on such an image.
+    """
+    shapes: dict[str, tuple[torch.Size, torch.Size]] = {}
+
+    def note(name: str, args: tuple, kwargs: dict, out: object) -> None:
+        given = next(iter((*args, *kwargs.values())), None)
+        if isinstance(given, Tensor) and isinstance(out, Tensor):
+            shapes[name] = (given.shape, out.shape)
+
+    handles = [
+        module.get_submodule(name).register_forward_hook(
+            lambda _m, args, kwargs, out, name=name: note(name, args, kwargs, out),
+            with_kwargs=True,
+        )
+        for name in names
+    ]
+    try:
+        run_on_ghost(module, size)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return shapes
+
+
 def run_on_ghost(
     module: nn.Module,
     size: tuple[int, int] = PROBE_SIZE,

@@ -22,6 +22,18 @@ def add_mixin(module: nn.Module, mixin: type) -> None:
     module.__class__ = _subclass(mixin, type(module))
 
 
+def remove_mixin(module: nn.Module, mixin: type) -> None:
+    """Change the class of ``module`` in place to what it was without one mixin."""
+    cls, kept = type(module), []
+    while hasattr(cls, '_protune_stock'):
+        if cls._protune_mixin is not mixin:
+            kept.append(cls._protune_mixin)
+        cls = cls._protune_stock
+    for other in reversed(kept):
+        cls = _subclass(other, cls)
+    module.__class__ = cls
+
+
 def stock_type(module: nn.Module) -> type:
     """Class of ``module`` without our mixins: what an exact type test must look at."""
     cls = type(module)

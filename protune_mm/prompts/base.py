@@ -1,0 +1,59 @@
+"""What prompt types may say about their place; a plain module with none of it sits after stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mmengine.model import BaseModule
+from torch import nn
+
+FEEDFORWARD = ('ffn', 'mlp')
+"""Names that the libraries give the feed-forward network of a Transformer block."""
+
+
+class Prompt(BaseModule):
+    """A prompt type that knows where it belongs.
+
+    Attributes:
+        where: ``'stages'``: after the last block of every stage. ``'blocks'``: after every block.
+            ``'layers'``: beside layers inside every block; it reads what the layer reads, and
+            its output is added to the layer's.
+        mergeable: what it computes is a change of that layer's weights.
+    """
+
+    where = 'stages'
+    mergeable = False
+
+    @classmethod
+    def layers(cls, block: nn.Module, **options: object) -> list[str]:
+        """Dotted names, inside a block, of the layers beside which the type runs.
+
+        Args:
+            block: a block of a stage.
+            **options: of the prompt, as a config gives them.
+
+        Returns:
+            list[str]: ``''`` is the block itself.
+        """
+        raise NotImplementedError
+
+    def merge_into(self, layer: nn.Module) -> None:
+        """Add what the prompt computes to the weights of the layer beside which it runs.
+
+        Only for types that are ``mergeable``.
+        """
+        raise NotImplementedError
+
+
+def feedforward(block: nn.Module) -> list[str]:
+    """The feed-forward networks of a block; the block itself where it has none."""
+    return list(outermost(block, lambda name, _: name in FEEDFORWARD)) or ['']
+
+
+def outermost(block: nn.Module, wanted: object, prefix: str = '') -> Iterator[str]:
+    """Dotted names of the modules that are wanted, none inside another."""
+    for name, child in block.named_children():
+        if wanted(name, child):
+            yield prefix + name
+        else:
+            yield from outermost(child, wanted, f'{prefix}{name}.')

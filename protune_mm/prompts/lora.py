@@ -1,0 +1,90 @@
+"""LoRA for linear layers and convolutions."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..registry import PROMPTS
+from .base import Prompt, outermost
+
+
+@PROMPTS.register_module()
+class LoRA(Prompt):
+    """A change of low rank of a layer's weight: ``(alpha / rank) * up(down(x))``.
+
+    Source: *LoRA: Low-Rank Adaptation of Large Language Models*, arXiv 2106.09685, Section 4.1. For
+    a convolution ``down`` has its kernel and ``up`` is 1x1. :func:`protune_mm.merge` adds it to the
+    weight, after which the network is a stock one.
+
+    Args:
+        channels: channels of the input.
+        out_channels: channels of the output. Default ``channels``.
+        stride: of the layer, in pixels. Default 1.
+        kernel_size: of the layer. Default 1, a linear layer.
+        padding: of the layer. Default 0.
+        dilation: of the layer. Default 1.
+        rank: channels between the two. Default 8.
+        alpha: numerator of the factor. Default ``rank``, a factor of 1.
+        layers: names of the layers that have one, such as ``('qkv',)``. Default: every linear
+            layer and every convolution without groups.
+        zero_init: start ``up`` at zero. Default True, the paper's.
+
+    Shape: ``(B, channels, H, W) -> (B, out_channels, H / stride, W / stride)``.
+    """
+
+    where = 'layers'
+    mergeable = True
+
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int | None = None,
+        stride: int | tuple = 1,
+        kernel_size: int | tuple = 1,
+        padding: int | tuple = 0,
+        dilation: int | tuple = 1,
+        rank: int = 8,
+        alpha: float | None = None,
+        layers: tuple[str, ...] = (),
+        zero_init: bool = True,
+    ) -> None:
+        super().__init__()
+        self.zero_init = zero_init
+        self.scale = (rank if alpha is None else alpha) / rank
+        geometry = dict(stride=stride, padding=padding, dilation=dilation, bias=False)
+        self.down = nn.Conv2d(channels, rank, kernel_size, **geometry)
+        self.up = nn.Conv2d(rank, out_channels or channels, 1, bias=False)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Set the start: uniform for ``down``, zero (or uniform) for ``up``."""
+        for layer in (self.down, self.up):
+            nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5))
+        if self.zero_init:
+            nn.init.zeros_(self.up.weight)
+        self._is_init = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what is added to the layer's output."""
+        return self.up(self.down(x)) * self.scale
+
+    @classmethod
+    def layers(cls, block: nn.Module, layers: tuple = (), **options: object) -> list[str]:
+        """See :class:`Prompt`."""
+
+        def wanted(name: str, layer: nn.Module) -> bool:
+            plain = isinstance(layer, nn.Linear) or (
+                isinstance(layer, nn.Conv2d) and layer.groups == 1
+            )
+            return plain and (not layers or name in layers)
+
+        return list(outermost(block, wanted))
+
+    @torch.no_grad()
+    def merge_into(self, layer: nn.Module) -> None:
+        """See :class:`Prompt`."""
+        change = torch.einsum('or,rihw->oihw', self.up.weight[:, :, 0, 0], self.down.weight)
+        layer.weight += (self.scale * change).reshape(layer.weight.shape).to(layer.weight.dtype)

@@ -1,0 +1,178 @@
+"""Every prompt type keeps the same contract in every kind of backbone."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import protune_mm
+from protune_mm.frozen import frozen_tensors, prompts
+from protune_mm.prompts import Adapter, ConvAdapter, LoRA, LoRand, Mona
+from protune_mm.registry import PROMPTS
+from tests.conftest import EXAMPLES, flat, image, move_prompts, pair
+
+PROMPTS.import_from_location()
+TYPES = sorted(PROMPTS.module_dict)
+types = pytest.mark.parametrize('kind', TYPES)
+examples = pytest.mark.parametrize(('library', 'family'), EXAMPLES)
+
+
+def small_options(kind):
+    """Options that fit the small examples."""
+    small = dict(Adapter=dict(hidden=32), LoRA=dict(rank=2), Mona=dict(hidden=4))
+    small.update(LoRand=dict(rank=2), ProTuningBlock=dict(ratio=8))
+    return small.get(kind, {})
+
+
+def prompt_config(kind):
+    return dict(type=kind, **small_options(kind))
+
+
+def test_all_types_are_tried():
+    assert set(TYPES) >= {'Adapter', 'ConvAdapter', 'LoRA', 'LoRand', 'Mona', 'ProTuningBlock'}
+
+
+@types
+@pytest.mark.parametrize('shape', [(16, 8, 12), (24, 1, 1), (8, 3, 2)])
+def test_keeps_the_shape_and_starts_at_zero(kind, shape):
+    channels, height, width = shape
+    block = PROMPTS.get(kind)(channels, **small_options(kind))
+    x = torch.randn(2, channels, height, width)
+    assert block(x).shape == x.shape
+    assert not block(x).any()
+    start = copy.deepcopy(block.state_dict())
+    for parameter in block.parameters():
+        nn.init.normal_(parameter)
+    assert block(x).any()
+    block.init_weights()
+    assert not block(x).any()
+    assert set(start) == set(block.state_dict())
+    other = PROMPTS.get(kind)(channels, zero_init=False)
+    assert other(x).any()
+
+
+@types
+@examples
+def test_contract(library, family, kind):
+    stock, tuned = pair(library, family, prompt=prompt_config(kind), lean=False)
+    x = image()
+    with torch.no_grad():
+        for a, b in zip(flat(stock(x)), flat(tuned(x)), strict=True):
+            assert torch.equal(a, b)
+    added = set(tuned.state_dict()) - set(stock.state_dict())
+    assert added == set(protune_mm.tuned_parameters(tuned))
+    assert all('.prompt.' in name for name in added)
+    assert len(prompts(tuned)) >= 2
+    lean = pair(library, family, prompt=prompt_config(kind), lean=True)[1]
+    grads = []
+    for backbone in (tuned, lean):
+        move_prompts(backbone)
+        before = {n: t.clone() for n, t in frozen_tensors(backbone)}
+        outs = flat(backbone.train()(x))
+        sum(o.square().mean() for o in outs).backward()
+        own = protune_mm.tuned_parameters(backbone)
+        for name, parameter in backbone.named_parameters():
+            assert (parameter.grad is not None) == (name in own), name
+        reached = [name for name, parameter in own.items() if parameter.grad.any()]
+        assert len(reached) == len(own), set(own) - set(reached)
+        torch.optim.SGD(own.values(), 0.1).step()
+        assert all(torch.equal(t, before[n]) for n, t in frozen_tensors(backbone))
+        grads.append([*outs, *(p.grad for p in own.values())])
+    for a, b in zip(*grads, strict=True):
+        assert (a - b).abs().max() <= 1e-3 * a.abs().max() + 1e-7  # float32, lean
+
+
+@types
+def test_survives_deepcopy_and_loads_its_own_file(kind):
+    library, family = EXAMPLES[-1].values
+    tuned = pair(library, family, prompt=prompt_config(kind))[1]
+    move_prompts(tuned)
+    x = image()
+    other = copy.deepcopy(tuned)
+    fresh = pair(library, family, prompt=prompt_config(kind))[1]
+    assert not fresh.load_state_dict(tuned.state_dict()).missing_keys
+    with torch.no_grad():
+        for a, b, c in zip(*(flat(m(x)) for m in (tuned, other, fresh)), strict=True):
+            assert torch.equal(a, b)
+            assert torch.equal(a, c)
+
+
+def test_formulas():
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 5, 7, dtype=torch.float64)
+
+    def made(cls, **more):
+        block = cls(8, zero_init=False, **more).double()
+        for parameter in block.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        return block
+
+    def close(block, expected):
+        torch.testing.assert_close(block(x), expected)  # float64
+
+    a = made(Adapter, hidden=4)
+    hidden = F.relu(torch.einsum('oi,bihw->bohw', a.down.weight[..., 0, 0], x)
+                    + a.down.bias[:, None, None])  # fmt: skip
+    close(a, 0.1 * (torch.einsum('oi,bihw->bohw', a.up.weight[..., 0, 0], hidden)
+                    + a.up.bias[:, None, None]))  # fmt: skip
+    c = made(ConvAdapter, ratio=4)
+    hidden = F.relu(F.conv2d(x, c.down.weight, c.down.bias, padding=1, groups=2))
+    close(c, F.conv2d(hidden, c.up.weight, c.up.bias) * c.alpha)
+    lora = made(LoRA, rank=3, alpha=6)
+    weight = lora.up.weight[..., 0, 0] @ lora.down.weight[..., 0, 0]
+    close(lora, 2 * torch.einsum('oi,bihw->bohw', weight, x))
+    m = made(Mona, hidden=4)
+    norm = F.layer_norm(x.permute(0, 2, 3, 1), (8,), m.norm.weight, m.norm.bias)
+    down = m.down(norm.permute(0, 3, 1, 2) * m.norm_scale + m.scale * x)
+    down = down + (m.filters[0](down) + m.filters[1](down) + m.filters[2](down)) / 3
+    close(m, m.up(F.gelu(down + m.mix(down))))
+    assert [f.kernel_size for f in m.filters] == [(3, 3), (5, 5), (7, 7)]
+    r = made(LoRand, rank=3)
+    w = sum(r.down_in[i] @ r.kernel[i] @ r.down_out[i] for i in range(2))
+    v = sum(r.up_in[i] @ r.kernel[i] @ r.up_out[i] for i in range(2))
+    rows = F.gelu(x.permute(0, 2, 3, 1) @ w + r.down_bias) @ v + r.up_bias
+    close(r, rows.permute(0, 3, 1, 2))
+
+
+@examples
+@pytest.mark.parametrize('lean', [False, True])
+def test_lora_merges_into_the_stock_weights(library, family, lean):
+    stock, tuned = pair(library, family, prompt=prompt_config('LoRA'), lean=lean)
+    move_prompts(tuned)
+    x = image()
+    with torch.no_grad():
+        expected = flat(tuned(x))
+        assert protune_mm.merge(tuned) is tuned
+        got = flat(tuned(x))
+    for a, b in zip(expected, got, strict=True):
+        assert (a - b).abs().max() <= 1e-4 * a.abs().max()  # float32
+    assert set(tuned.state_dict()) == set(stock.state_dict())
+    stock.load_state_dict(tuned.state_dict())
+    with torch.no_grad():
+        for a, b in zip(flat(stock(x)), got, strict=True):
+            assert (a - b).abs().max() <= 1e-4 * a.abs().max()  # float32
+
+
+def test_what_is_no_change_of_weights_is_not_merged():
+    library, family = EXAMPLES[0].values
+    tuned = pair(library, family)[1]
+    keys = list(tuned.state_dict())
+    with pytest.raises(ValueError, match='ProTuningBlock cannot be merged: it is no change'):
+        protune_mm.merge(tuned)
+    assert list(tuned.state_dict()) == keys
+
+
+def test_places():
+    library, family = EXAMPLES[-1].values  # mmpretrain's VisionTransformer
+    assert (library, family.name) == ('mmpretrain', 'VisionTransformer')
+    at = {k: list(prompts(pair(library, family, prompt=prompt_config(k))[1])) for k in TYPES}
+    assert all(name.endswith('.ffn.prompt') for name in at['Adapter'])
+    assert len(at['Mona']) == len(at['LoRand']) == len(at['Adapter'])
+    only = pair(library, family, prompt=dict(type='LoRA', layers=('qkv',)))[1]
+    assert all(name.endswith('.qkv.prompt') for name in prompts(only))
+    with pytest.raises(ValueError, match=r"prompt.last='series': prompt.type='LoRA' runs"):
+        pair(library, family, prompt=dict(type='LoRA', last='series'))
+    with pytest.raises(ValueError, match=r"prompt.type='LoRA' finds no layer"):
+        pair(library, family, prompt=dict(type='LoRA', layers=('nothing',)))
