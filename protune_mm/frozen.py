@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .lean import LeanOptions, forget, inputs_channels_last, link, to_stock
 from .stages import find_family
@@ -110,6 +111,12 @@ class ProTunedBackbone:
             parameter.requires_grad_(requires_grad)
         for module in trained:
             module.train(mode)
+        if getattr(self, 'norm_eval', False):
+            # What the stock backbone asks for holds for its own blocks that train, too.
+            for block in trained_blocks(self).values():
+                for layer in block.modules():
+                    if isinstance(layer, _BatchNorm):
+                        layer.train(False)
         for module in forks(self):
             module.training = mode
         # Weights written past autograd's version counter, as an EMA swap does, count from here.
@@ -253,8 +260,12 @@ def heads(backbone: nn.Module) -> dict[str, nn.Module]:
 
 def trained_modules(backbone: nn.Module) -> dict[str, nn.Module]:
     """Dotted name to each submodule of a backbone that trains: prompts, classifier, blocks."""
-    blocks = {name: backbone.get_submodule(name) for name in backbone._protune.blocks}
-    return {**prompts(backbone), **heads(backbone), **blocks}
+    return {**prompts(backbone), **heads(backbone), **trained_blocks(backbone)}
+
+
+def trained_blocks(backbone: nn.Module) -> dict[str, nn.Module]:
+    """Dotted name to each block of a backbone that a policy trains as a whole."""
+    return {name: backbone.get_submodule(name) for name in backbone._protune.blocks}
 
 
 def _trained_parameters(backbone: nn.Module) -> Iterator[nn.Parameter]:

@@ -66,6 +66,9 @@ def test_last_blocks_run_as_in_fine_tuning():
     before = tuned.layer4[1].bn1.running_mean.clone()
     tuned(image())
     assert not torch.equal(tuned.layer4[1].bn1.running_mean, before)
+    keeping = MODELS.build(dict(config, norm_eval=True)).train()
+    assert keeping.layer4[1].training
+    assert not keeping.layer4[1].bn1.training
     tuned.eval()
     assert not tuned.layer4[1].bn1.training
     with pytest.raises(ValueError, match="policy='last-9': ResNet has 8 blocks"):
