@@ -4,6 +4,7 @@ mmengine imports this module by itself for any type with the prefix ``protune_mm
 need no ``custom_imports``.
 """
 
+from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_CONSTRUCTORS
@@ -14,6 +15,9 @@ from . import compat  # noqa: F401  (its effect is wanted before any model is bu
 
 MODELS = Registry(
     'model', parent=MMENGINE_MODELS, scope='protune_mm', locations=['protune_mm.factory']
+)
+DATASETS = Registry(
+    'dataset', parent=MMENGINE_DATASETS, scope='protune_mm', locations=['protune_mm.datasets']
 )
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='protune_mm', locations=['protune_mm.hooks'])
 RUNNERS = Registry(

@@ -1,0 +1,186 @@
+"""Parts of a training set, fixed by a seed, for the data sets of all three libraries."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+from mmengine.dataset import BaseDataset
+from mmengine.registry import DATASETS as ROOT
+
+from ..registry import DATASETS
+
+
+class Subset:
+    """Wraps a data set and shows only some of its images.
+
+    Args:
+        dataset: config of the data set, or the data set itself.
+        seed: which images are chosen. Default 0.
+        lazy_init: wait until the first use. Default False.
+    """
+
+    def __init__(self, dataset: dict | BaseDataset, seed: int = 0, lazy_init: bool = False) -> None:
+        self.dataset = ROOT.build(dataset) if isinstance(dataset, dict) else dataset
+        self.seed = seed
+        self.indices: list[int] = []
+        self._fully_initialized = False
+        if not lazy_init:
+            self.full_init()
+
+    @property
+    def metainfo(self) -> dict:
+        """A copy of the data set's own."""
+        return copy.deepcopy(self.dataset.metainfo)
+
+    def full_init(self) -> None:
+        """Read the data set and choose the images."""
+        if self._fully_initialized:
+            return
+        self.dataset.full_init()
+        labels = [image_labels(self.dataset.get_data_info(i)) for i in range(len(self.dataset))]
+        self.indices = self.choose(labels)
+        self._fully_initialized = True
+
+    def choose(self, labels: list[set[int]]) -> list[int]:
+        """Indices of the images that are shown.
+
+        Args:
+            labels: the classes in each image; empty where the data set does not tell.
+        """
+        raise NotImplementedError
+
+    def class_name(self, label: int) -> str:
+        """Name of a class, for messages."""
+        names = self.metainfo.get('classes') or ()
+        return names[label] if label < len(names) else str(label)
+
+    def get_data_info(self, index: int) -> dict:
+        """Annotation of one of the images that are shown."""
+        self.full_init()
+        return self.dataset.get_data_info(self.indices[index])
+
+    def __getitem__(self, index: int) -> Any:
+        """One image after the pipeline."""
+        self.full_init()
+        return self.dataset[self.indices[index]]
+
+    def __len__(self) -> int:
+        """Number of images that are shown."""
+        self.full_init()
+        return len(self.indices)
+
+
+@DATASETS.register_module()
+class FewLabels(Subset):
+    """A fraction of a training set.
+
+    A smaller fraction with the same seed is part of a larger one. Classification keeps the share
+    of every class; detection and segmentation draw images.
+
+    Args:
+        dataset: config of the data set, or the data set itself.
+        fraction: part of the images, above 0 and at most 1.
+        seed: which images are chosen. Default 0.
+        lazy_init: wait until the first use. Default False.
+
+    Raises:
+        ValueError: the fraction is out of range, or leaves a class without an image.
+    """
+
+    def __init__(
+        self,
+        dataset: dict | BaseDataset,
+        fraction: float,
+        seed: int = 0,
+        lazy_init: bool = False,
+    ) -> None:
+        if not 0 < fraction <= 1:
+            raise ValueError(f'fraction={fraction} is no part of a training set: use 0 to 1')
+        self.fraction = fraction
+        super().__init__(dataset, seed, lazy_init)
+
+    def choose(self, labels: list[set[int]]) -> list[int]:
+        """See :class:`Subset`."""
+        order = np.random.RandomState(self.seed).permutation(len(labels)).tolist()
+        if labels and all(len(found) == 1 for found in labels):
+            chosen = []
+            for label in sorted(set.union(*labels)):
+                mine = [i for i in order if label in labels[i]]
+                chosen += mine[: round(self.fraction * len(mine))]
+        else:
+            chosen = order[: round(self.fraction * len(labels))]
+        left = set().union(*(labels[i] for i in chosen))
+        for label in sorted(set().union(*labels) - left):
+            count = sum(label in found for found in labels)
+            raise ValueError(
+                f"fraction={self.fraction} leaves no image of class '{self.class_name(label)}', "
+                f'which {count} of {len(labels)} images have: use a larger fraction or another seed'
+            )
+        if not chosen:
+            raise ValueError(f'fraction={self.fraction} leaves none of {len(labels)} images')
+        return sorted(chosen)
+
+
+@DATASETS.register_module()
+class LongTailed(Subset):
+    """A classification set whose classes have exponentially fewer images.
+
+    Class ``k`` of ``K`` keeps ``ratio ** (-k / (K - 1))`` times the images of the largest class, as
+    far as it has them, as in *Class-Balanced Loss Based on Effective Number of Samples*, arXiv
+    1901.05555, Section 5.
+
+    Args:
+        dataset: config of the data set, or the data set itself.
+        ratio: images of the first class over those of the last, such as 10, 50 or 100.
+        seed: which images are chosen. Default 0.
+        lazy_init: wait until the first use. Default False.
+
+    Raises:
+        ValueError: the ratio is below 1 or leaves a class without an image, or images do not have
+            one label each.
+    """
+
+    def __init__(
+        self, dataset: dict | BaseDataset, ratio: float, seed: int = 0, lazy_init: bool = False
+    ) -> None:
+        if ratio < 1:
+            raise ValueError(f'ratio={ratio} is below 1: it is the largest class over the smallest')
+        self.ratio = ratio
+        super().__init__(dataset, seed, lazy_init)
+
+    def choose(self, labels: list[set[int]]) -> list[int]:
+        """See :class:`Subset`."""
+        if not all(len(found) == 1 for found in labels):
+            raise ValueError('LongTailed is for classification: every image needs one label')
+        single = np.array([next(iter(found)) for found in labels])
+        order = np.random.RandomState(self.seed).permutation(len(single))
+        counts = np.bincount(single)
+        last, chosen = max(1, len(counts) - 1), []
+        for label, count in enumerate(counts):
+            wanted = int(counts.max() * self.ratio ** (-label / last))
+            if wanted < 1:
+                raise ValueError(
+                    f"ratio={self.ratio} leaves no image of class '{self.class_name(label)}': the "
+                    f'largest class has {counts.max()}'
+                )
+            mine = order[single[order] == label]
+            chosen += mine[: min(wanted, count)].tolist()
+        return sorted(chosen)
+
+    def class_counts(self) -> list[int]:
+        """Images that are left of each class."""
+        labels = [next(iter(image_labels(self.get_data_info(i)))) for i in range(len(self))]
+        return np.bincount(labels).tolist()
+
+
+def image_labels(info: dict) -> set[int]:
+    """Classes in one image, from its annotation; empty where only a mask file tells."""
+    if 'gt_label' in info:
+        return set(np.atleast_1d(info['gt_label']).tolist())
+    return {
+        instance['bbox_label']
+        for instance in info.get('instances', ())
+        if not instance.get('ignore_flag')
+    }
