@@ -1,9 +1,8 @@
 """tools/coverage.py tries stock configs, notes each result at once, and goes on where it was."""
 
 import json
-import os
 
-from tests.conftest import ROOT, run_tool
+from tests.conftest import run_tool
 
 CONFIGS = (
     'mmpretrain::shufflenet_v2/shufflenet-v2-1x_16xb64_in1k.py',
@@ -43,25 +42,3 @@ def test_a_sample_of_configs(tmp_path):
         '[1/1,'
     )
     assert run(tmp_path, '--table').stdout.count('ImageClassifier') == 1
-
-
-def job(key):
-    if key.startswith('kill'):
-        os._exit(9)
-    if key.startswith('raise'):
-        raise ValueError('a mistake')
-    return dict(key=key, status='ok', reason='')
-
-
-def test_a_process_that_dies_costs_one_job(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
-    from stock_configs.results import Results
-
-    keys = ['good a', 'kill b', 'raise c', *(f'good {i}' for i in range(6))]
-    results = Results(tmp_path / 'results.jsonl', 2)
-    rows = results.work(job, keys)
-    assert [row['key'] for row in rows] == keys
-    assert [row['status'] for row in rows] == ['ok', 'failed', 'failed', *['ok'] * 6]
-    assert [row['reason'] for row in rows[1:3]] == ['the process died', 'ValueError: a mistake']
-    assert '[9/9, 0 min left]' in capsys.readouterr().out
-    assert Results(tmp_path / 'results.jsonl', 2).work(job, keys) == rows

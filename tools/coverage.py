@@ -17,10 +17,10 @@ import os
 import sys
 from pathlib import Path
 
+from jobs import Results
 from stock_configs.backbones import try_backbone
 from stock_configs.building import try_config
-from stock_configs.reading import config_files, digest, read_config
-from stock_configs.results import Results
+from stock_configs.reading import config_files, digest, file_of, read_config, result
 from stock_configs.steps import try_step
 from stock_configs.table import PRETRAINING, table
 
@@ -34,7 +34,7 @@ def main() -> None:
     args = parse_args()
     folder = Path(args.work_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    results = Results(folder / 'results.jsonl', args.jobs)
+    results = Results(folder / 'results.jsonl', args.jobs, failure)
     libraries = [args.library] if args.library else LIBRARIES
     files = args.config or [file for name in libraries for file in config_files(name)]
     if args.sample:
@@ -95,6 +95,11 @@ def run(files: list[str], backbone: str | None, results: Results) -> list[dict]:
             if queue and row['status'] == 'stock fails'
         }
     return rows + configs
+
+
+def failure(key: str, reason: str) -> dict:
+    """The result of a job that raised an error."""
+    return result(key, 'failed', reason[:400], file=file_of(key))
 
 
 def chosen(row: dict, backbone: str | None) -> bool:

@@ -1,4 +1,4 @@
-"""Results of many jobs, run side by side: noted at once, so that a stopped run goes on."""
+"""Many jobs side by side, their results noted at once, so that a stopped run goes on."""
 
 from __future__ import annotations
 
@@ -15,21 +15,28 @@ from pathlib import Path
 
 import torch
 
-from .reading import file_of, result, short
-
 
 class Results:
     """Results so far, in a file that a stopped run leaves behind.
 
     Args:
-        path: of the file, a JSON line a job.
+        path: of the file, JSON lines.
         processes: how many jobs run side by side.
+        failure: makes the result of a job that raised an error or whose process died from its key
+            and the reason. None: such a job has no result, and the next run tries it again.
     """
 
-    def __init__(self, path: Path, processes: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        processes: int,
+        failure: Callable[[str, str], dict] | None = None,
+    ) -> None:
         self.path = path
         self.processes = processes
-        self.known = {row['key']: row for row in self._read()}
+        self.failure = failure
+        self.failed: dict[str, str] = {}
+        self.known = self.from_lines(list(self._read()))
         if path.exists() and not path.read_text().endswith('\n'):
             with path.open('a') as out:  # A stopped run may have left half a line.
                 out.write('\n')
@@ -40,32 +47,43 @@ class Results:
             with contextlib.suppress(json.JSONDecodeError):
                 yield json.loads(line)
 
+    def from_lines(self, lines: list[dict]) -> dict[str, dict]:
+        """Key to result, from what the file holds."""
+        return {line['key']: line for line in lines}
+
+    def to_lines(self, row: dict) -> list[dict]:
+        """What the file holds of one result."""
+        return [row]
+
     def work(self, job: Callable[[str], dict], keys: Iterable[str]) -> list[dict]:
         """Run the jobs that have no result yet.
 
         Args:
-            job: from a key to a result.
-            keys: 'kind what' of each job.
+            job: from a key to a result, a dict with at least ``key`` and ``status``.
+            keys: of all jobs.
 
         Returns:
-            list[dict]: the results of all keys.
+            list[dict]: the results there are, in the order of the keys.
         """
         keys = list(keys)
         progress = Progress(sum(key not in self.known for key in keys))
-        while todo := [key for key in keys if key not in self.known]:
+        while todo := [key for key in keys if not self._done(key)]:
             self._side_by_side(job, todo, self.processes, progress)
             # What is left was cut off by the death of a process: one of the next few killed it,
             # perhaps for want of memory.
-            left = [key for key in todo if key not in self.known]
+            left = [key for key in todo if not self._done(key)]
             for key in left[: 2 * self.processes]:
                 self._side_by_side(job, [key], 1, progress)
-                if key not in self.known:
-                    self._note(
-                        result(key, 'failed', 'the process died', file=file_of(key)), progress
-                    )
-        return [self.known[key] for key in keys]
+                if not self._done(key):
+                    self._fail(key, 'the process died', progress)
+        return [self.known[key] for key in keys if key in self.known]
 
-    def _side_by_side(self, job: Callable, keys: list[str], processes: int, progress: Progress):
+    def _done(self, key: str) -> bool:
+        return key in self.known or key in self.failed
+
+    def _side_by_side(
+        self, job: Callable, keys: list[str], processes: int, progress: Progress
+    ) -> None:
         spawn = multiprocessing.get_context('spawn')
         processes = min(processes, len(keys))
         with ProcessPoolExecutor(processes, spawn, start_worker) as pool:
@@ -76,13 +94,21 @@ class Results:
                 except BrokenProcessPool:
                     return
                 except Exception as error:
-                    row = result(running[done], 'failed', short(error), file=file_of(running[done]))
-                self._note(row, progress)
+                    self._fail(running[done], f'{type(error).__name__}: {error}', progress)
+                else:
+                    self._note(row, progress)
+
+    def _fail(self, key: str, reason: str, progress: Progress) -> None:
+        if self.failure is not None:
+            self._note(self.failure(key, reason), progress)
+        else:
+            self.failed[key] = reason
+            progress.show(dict(key=key, status='failed', reason=reason))
 
     def _note(self, row: dict, progress: Progress) -> None:
         self.known[row['key']] = row
         with self.path.open('a') as out:
-            out.write(json.dumps(row) + '\n')
+            out.write(''.join(json.dumps(line) + '\n' for line in self.to_lines(row)))
         progress.show(row)
 
 
