@@ -93,6 +93,8 @@ def table(rows: list[dict]) -> str:
         for ((library, kind), status), found in sorted(reasons.items())
         for reason in sorted(found)
     ]
+    unread = [row for row in rows if row['status'] == 'unreadable']
+    text += [f'- {row["file"]}, mmengine cannot read it: {row["reason"]}' for row in unread]
     versions = ', '.join(f'{k} {v}' for k, v in stack_versions().items())
     return '\n'.join([*text, '', f'Run with {versions}.', ''])
 
@@ -109,7 +111,10 @@ def _steps(rows: list[dict], configs: list[dict]) -> list[str]:
     for kind in kinds:
         found = {status: row for row in tried[kind] for status in [row['status']]}
         worst = next((s for s in ('failed', 'ok', 'stock fails') if s in found), 'not tried')
-        row = found.get(worst, {'file': '', 'reason': 'the stock model does not build here'})
+        row = found.get(
+            worst,
+            {'file': '', 'reason': 'its backbone is refused, or the stock model does not build'},
+        )
         lines.append(f'| {" | ".join(kind)} | {worst} | {row["file"].partition("::")[2]} | '
                      f'{row["reason"].partition(chr(10))[0][:120]} |')  # fmt: skip
     good = sum(' | ok | ' in line for line in lines)

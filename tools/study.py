@@ -1,0 +1,96 @@
+"""Compare tuning methods over tasks, fractions of the labels and seeds.
+
+    python tools/study.py configs/study/cpu.py                    # all runs, on all cores
+    python tools/study.py configs/study/cpu.py --task flowers5 --jobs 1
+    python tools/study.py configs/study/cpu.py --run "flowers5 pro-tuning 1 0.001 0"
+    python tools/study.py configs/study/cpu.py --table            # draw tables and plots again
+
+Every method has the same steps, seeds and grid of learning rates; its learning rate is the best on
+the validation split, as a mean over seeds, and the score is that of the test split. Each run that
+ends is a line a metric in OUT/results.jsonl; a run that is there is not done again, and one that
+was stopped is. A run whose loss is no number counts, with score 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from jobs import Results
+from study_parts.plan import Study
+from study_parts.report import write_report
+from study_parts.training import train
+
+from protune_mm import cli
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('study', help='the file of a study')
+    parser.add_argument('--task', nargs='+', help='only these tasks')
+    parser.add_argument('--method', nargs='+', help='only these methods')
+    parser.add_argument('--run', help='one run, by the key in its results; print its lines')
+    parser.add_argument('--table', action='store_true', help='run nothing, draw tables and plots')
+    parser.add_argument(
+        '--jobs',
+        type=int,
+        default=1 if torch.cuda.is_available() else os.cpu_count(),
+        help='runs side by side; default: cores, or 1 on a GPU',
+    )
+    parser.add_argument('--out', default='docs/study', help='folder of results, tables and plots')
+    parser.add_argument('--results', default='results.jsonl', help='name of the file in it')
+    args = parser.parse_args()
+    study = Study(args.study)
+    if args.run:
+        for line in train(args.study, args.run)['lines']:
+            print(json.dumps(line))
+        return
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    results = StudyResults(out / args.results, args.jobs)
+    for name, chosen, known in (
+        ('task', args.task, study.tasks),
+        ('method', args.method, study.methods),
+    ):
+        for one in chosen or ():
+            if one not in known:
+                raise ValueError(f'--{name} {one}: {args.study} has {", ".join(known)}')
+    runs = [
+        run
+        for run in study.runs()
+        if run.task in (args.task or study.tasks) and run.method in (args.method or study.methods)
+    ]
+    if not args.table:
+        results.work(functools.partial(train, args.study), [run.key for run in runs])
+    lines = [line for row in results.known.values() for line in row['lines']]
+    write_report(study, lines, out, args.results)
+    if results.failed:
+        sys.exit(f'{len(results.failed)} runs failed; run the same command again to retry them')
+
+
+class StudyResults(Results):
+    """Results with a line for each metric of a run."""
+
+    def from_lines(self, lines: list[dict]) -> dict[str, dict]:
+        """A run counts when all its metrics are there."""
+        found: dict[str, dict[str, dict]] = {}
+        for line in lines:
+            found.setdefault(line['key'], {})[line['metric']] = line
+        return {
+            key: dict(key=key, lines=list(metrics.values()))
+            for key, metrics in found.items()
+            if len(metrics) == next(iter(metrics.values()))['metrics']
+        }
+
+    def to_lines(self, row: dict) -> list[dict]:
+        """See :class:`Results`."""
+        return row['lines']
+
+
+if __name__ == '__main__':
+    cli.run(main)

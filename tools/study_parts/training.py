@@ -1,0 +1,187 @@
+"""One run of a study: train for some steps, score on the validation and the test split."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import logging
+import math
+import tempfile
+import time
+import uuid
+import warnings
+
+import torch
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.model import BaseModel
+from mmengine.runner import Runner
+
+import protune_mm
+from protune_mm import cli
+from protune_mm.compat import stack_versions
+from protune_mm.config import config_backbones
+from protune_mm.frozen import prompt_parameters
+from protune_mm.lean.memory import kept_bytes
+
+from .plan import Run, Study
+
+
+class DivergedError(Exception):
+    """The loss is no number any more."""
+
+
+class StopWhenDiverged(Hook):
+    """End a training whose loss is not finite."""
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: object = None, outputs: dict | None = None
+    ) -> None:
+        """Look at the loss of every step."""
+        if outputs and not math.isfinite(float(outputs['loss'])):
+            raise DivergedError(
+                f'the loss is {float(outputs["loss"])} after {runner.iter + 1} steps'
+            )
+
+
+@functools.cache
+def study_of(path: str) -> Study:
+    """A study's file, read once a process."""
+    return Study(path)
+
+
+def train(path: str, key: str) -> dict:
+    """Do one run.
+
+    Args:
+        path: the study's file.
+        key: see :class:`Run`.
+
+    Returns:
+        dict: ``key``, ``status`` ('ok' or 'diverged') and ``lines``, one for each metric.
+    """
+    study, run = study_of(path), Run.of(key)
+    warnings.simplefilter('ignore')
+    logging.disable(logging.WARNING)
+    task = study.tasks[run.task]
+    with tempfile.TemporaryDirectory(prefix='study_') as work:
+        cfg = config_of(study, run, work)
+        runner = cli.build_runner(cfg)
+        runner.register_hook(StopWhenDiverged())
+        start = time.time()
+        try:
+            runner.train()
+            diverged = False
+        except DivergedError:
+            diverged = True
+        wall = time.time() - start
+        memory = peak_memory(runner)
+        scores = dict(val={}, test={})
+        if not diverged:
+            scores = dict(val=runner.val(), test=runner.test())
+    counts = backbone_counts(runner.model, cfg)
+    lines = []
+    for metric in task['metrics']:
+        found = {part: scores[part].get(metric, math.nan) for part in scores}
+        bad = diverged or not math.isfinite(found['test'])
+        lines.append(
+            dict(
+                key=key,
+                method=run.method,
+                task=run.task,
+                backbone=task['backbone'],
+                fraction=run.fraction,
+                seed=run.seed,
+                lr=run.lr,
+                steps=steps_of(task, run),
+                metric=metric,
+                metrics=len(task['metrics']),
+                score=0.0 if bad else float(found['test']),
+                val_score=0.0 if bad else float(found['val']),
+                diverged=bad,
+                **counts,
+                peak_memory=memory,
+                wall_s=round(wall, 1),
+                threads=torch.get_num_threads(),
+                device=device_name(),
+                command=f'python tools/study.py {path} --run "{key}"',
+                versions=stack_versions(),
+            )
+        )
+    return dict(key=key, status='diverged' if diverged else 'ok', reason='', lines=lines)
+
+
+def steps_of(task: dict, run: Run) -> int:
+    """Steps of a run: of the task; a small part of the data is not shown as often."""
+    return task['steps'] if run.fraction >= 0.5 else task.get('few_steps', task['steps'])
+
+
+def config_of(study: Study, run: Run, work: str) -> Config:
+    """The config of one run."""
+    task = study.tasks[run.task]
+    steps = steps_of(task, run)
+    cfg = protune_mm.load_config(task['config'], cfg_options=dict(task.get('cfg_options', {})))
+    for _, backbone in config_backbones(cfg):
+        for key, value in study.backbone_options(run.task, run.method).items():
+            mult = cfg.optim_wrapper.setdefault('paramwise_cfg', {})
+            if key == 'prompt_lr_mult':
+                mult[key] = value
+            else:
+                backbone[key] = value
+    cfg.optim_wrapper.optimizer.lr = run.lr
+    warm = max(1, steps // 10)
+    cfg.param_scheduler = [
+        dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=warm),
+        dict(type='CosineAnnealingLR', by_epoch=False, begin=warm, end=steps, T_max=steps - warm),
+    ]
+    cfg.train_cfg = dict(type='IterBasedTrainLoop', max_iters=steps, val_interval=steps + 1)
+    loader = cfg.train_dataloader
+    loader.sampler = dict(type='InfiniteSampler', shuffle=True)
+    loader.pop('batch_sampler', None)
+    if run.fraction < 1:
+        loader.dataset = dict(
+            type='protune_mm.FewLabels',
+            dataset=loader.dataset,
+            fraction=run.fraction,
+            seed=run.seed,
+        )
+    cfg.default_hooks.checkpoint = None
+    cfg.default_hooks.logger = dict(type='LoggerHook', interval=10**9)
+    cfg.log_processor = dict(by_epoch=False)
+    cfg.log_level = 'ERROR'
+    cfg.randomness = dict(seed=run.seed)
+    cfg.experiment_name = f'study_{uuid.uuid4().hex}'
+    cfg.work_dir = work
+    cfg.visualizer = dict(type='Visualizer', vis_backends=[], name=cfg.experiment_name)
+    cfg.custom_hooks = []
+    cfg.setdefault('runner_type', 'protune_mm.ProTuneRunner')
+    switches = argparse.Namespace(no_pin_memory=True, no_persistent_workers=True)
+    cli.set_dataloader_defaults(cfg, switches)
+    return cfg
+
+
+def peak_memory(runner: Runner) -> int:
+    """Bytes: on a GPU the peak of the run; on a CPU what one step keeps for its backward pass."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    model: BaseModel = runner.model.train()
+    data = next(iter(runner.train_loop.dataloader))
+    data = model.data_preprocessor(data, True)
+    return kept_bytes(lambda: model(**data, mode='loss'))
+
+
+def backbone_counts(model: BaseModel, cfg: Config) -> dict:
+    """Parameters of the backbone without prompts, and those that train in it, prompts included."""
+    ((name, _),) = config_backbones(cfg)
+    backbone = model.get_submodule(name.removeprefix('model.'))
+    prompts = {id(p) for p in prompt_parameters(backbone).values()}
+    parts = list(backbone.parameters())
+    return dict(
+        trainable_backbone=sum(p.numel() for p in parts if p.requires_grad),
+        backbone_parameters=sum(p.numel() for p in parts if id(p) not in prompts),
+    )
+
+
+def device_name() -> str:
+    """What the run ran on."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'
