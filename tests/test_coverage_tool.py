@@ -30,8 +30,8 @@ def test_a_sample_of_configs(tmp_path):
     assert [row['file'] for row in steps] == [CONFIGS[0]]
     assert '| mmpretrain | ImageClassifier | ok | shufflenet_v2/' in done.stdout
     assert '1 of 1 types train' in done.stdout
-    assert '1 configs: 1 ok; 0 with an ok backbone' in done.stdout
-    assert '1 configs: 0 ok; 0 with an ok backbone in a model' in done.stdout
+    assert '1 configs: 1 ok (100.0%); 0 with an ok backbone' in done.stdout
+    assert '1 configs: 0 ok (0.0%); 0 with an ok backbone in a model' in done.stdout
     assert '[1/' in done.stdout
 
     # A line that was cut off is done again, and nothing else.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import re
 
 from protune_mm.compat import stack_versions
 
@@ -60,7 +61,8 @@ def table(rows: list[dict]) -> str:
         text += [
             f'## {title}',
             '',
-            f'{sum(total.values())} configs: {total["ok"]} ok; {total["backbone ok"]} with an ok '
+            f'{sum(total.values())} configs: {total["ok"]} ok '
+            f'({total["ok"] / max(1, sum(total.values())):.1%}); {total["backbone ok"]} with an ok '
             f'backbone in a model that does not build here as stock; {total["refused"]} refused; '
             f'{total["failed"]} failed; {total["stock fails"]} whose stock backbone does not run '
             'here.',
@@ -94,7 +96,7 @@ def table(rows: list[dict]) -> str:
         for reason in sorted(found)
     ]
     unread = [row for row in rows if row['status'] == 'unreadable']
-    text += [f'- {row["file"]}, mmengine cannot read it: {row["reason"]}' for row in unread]
+    text += [f'- {row["file"]}, mmengine cannot read it: {_portable(row)}' for row in unread]
     versions = ', '.join(f'{k} {v}' for k, v in stack_versions().items())
     return '\n'.join([*text, '', f'Run with {versions}.', ''])
 
@@ -120,6 +122,11 @@ def _steps(rows: list[dict], configs: list[dict]) -> list[str]:
     good = sum(' | ok | ' in line for line in lines)
     head = '| library | type | result | config | reason |\n|---|---|---|---|---|'
     return [f'{good} of {len(lines)} types train.', '', head, *lines]
+
+
+def _portable(row: dict) -> str:
+    """The reason without the folder in which this environment lies."""
+    return re.sub(r'[^\s\'"]*site-packages/', '', row['reason'])
 
 
 ORDER = ('not run', 'ok', 'backbone ok', 'no backbone', 'stock fails', 'refused', 'failed')

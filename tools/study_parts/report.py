@@ -65,7 +65,7 @@ def report(study: Study, lines: list[dict]) -> str:
         '',
         'Test scores, mean and standard deviation over seeds, at the learning rate with the best',
         'mean validation score; the same grid of rates, steps and seeds for every method.',
-        '"trains": part of the backbone\'s parameters, prompts included. "keeps": MiB that one step',
+        '"trains": part of the backbone\'s parameters, prompts included. "keeps": MiB that a step',
         'keeps for its backward pass (on a GPU: the peak). "time": a step over that of head-only.',
         'A diverged run has score 0.',
         '',
