@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import multiprocessing
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -36,16 +35,17 @@ class Results:
         self.processes = processes
         self.failure = failure
         self.failed: dict[str, str] = {}
-        self.known = self.from_lines(list(self._read()))
-        if path.exists() and not path.read_text().endswith('\n'):
-            with path.open('a') as out:  # A stopped run may have left half a line.
-                out.write('\n')
+        self.known = self.from_lines(self._read())
 
-    def _read(self) -> Iterator[dict]:
-        """A line that was cut off is done again."""
-        for line in self.path.read_text().splitlines() if self.path.exists() else ():
-            with contextlib.suppress(json.JSONDecodeError):
-                yield json.loads(line)
+    def _read(self) -> list[dict]:
+        """All lines; half a line, which a stopped run may have left, goes."""
+        text = self.path.read_text() if self.path.exists() else ''
+        whole = text[: text.rfind('\n') + 1]
+        if whole != text:
+            part = self.path.with_suffix('.part')
+            part.write_text(whole)
+            part.replace(self.path)
+        return [json.loads(line) for line in whole.splitlines()]
 
     def from_lines(self, lines: list[dict]) -> dict[str, dict]:
         """Key to result, from what the file holds."""

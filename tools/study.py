@@ -45,7 +45,10 @@ def main() -> None:
     parser.add_argument('--out', default='docs/study', help='folder of results, tables and plots')
     parser.add_argument('--results', default='results.jsonl', help='name of the file in it')
     args = parser.parse_args()
-    study = Study(args.study)
+    try:
+        study = Study(args.study)
+    except ValueError as error:
+        parser.error(str(error))
     if args.run:
         for line in train(args.study, args.run)['lines']:
             print(json.dumps(line))
@@ -59,7 +62,7 @@ def main() -> None:
     ):
         for one in chosen or ():
             if one not in known:
-                raise ValueError(f'--{name} {one}: {args.study} has {", ".join(known)}')
+                parser.error(f'--{name} {one}: {args.study} has {", ".join(known)}')
     runs = [
         run
         for run in study.runs()

@@ -83,7 +83,7 @@ class Study:
             if method not in known:
                 raise ValueError(f"{path}: method '{method}' is unknown: use {', '.join(known)}")
         for name, task in self.tasks.items():
-            if not Path(task['config']).exists():
+            if '::' not in task['config'] and not Path(task['config']).exists():
                 raise ValueError(f"{path}: task '{name}' has no config {task['config']}")
 
     def runs(self) -> list[Run]:
