@@ -6,9 +6,11 @@ need no ``custom_imports``.
 
 from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
+from mmengine.registry import METRICS as MMENGINE_METRICS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_CONSTRUCTORS
 from mmengine.registry import RUNNERS as MMENGINE_RUNNERS
+from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
 from mmengine.registry import Registry
 
 from . import compat  # noqa: F401  (its effect is wanted before any model is built)
@@ -17,9 +19,18 @@ MODELS = Registry(
     'model', parent=MMENGINE_MODELS, scope='protune_mm', locations=['protune_mm.factory']
 )
 DATASETS = Registry(
-    'dataset', parent=MMENGINE_DATASETS, scope='protune_mm', locations=['protune_mm.datasets']
+    'dataset',
+    parent=MMENGINE_DATASETS,
+    scope='protune_mm',
+    locations=['protune_mm.datasets', 'protune_mm.robustness'],
 )
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='protune_mm', locations=['protune_mm.hooks'])
+METRICS = Registry(
+    'metric', parent=MMENGINE_METRICS, scope='protune_mm', locations=['protune_mm.robustness']
+)
+TRANSFORMS = Registry(
+    'transform', parent=MMENGINE_TRANSFORMS, scope='protune_mm', locations=['protune_mm.robustness']
+)
 RUNNERS = Registry(
     'runner', parent=MMENGINE_RUNNERS, scope='protune_mm', locations=['protune_mm.runner']
 )

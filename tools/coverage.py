@@ -12,6 +12,10 @@ was. requirements/coverage.txt has what some stock models import beyond the libr
 
 from __future__ import annotations
 
+if __name__ not in ('__main__', '__mp_main__'):
+    # The folder of a script comes first in the search path, and numba looks for the package.
+    raise ImportError('this is a tool, not the package `coverage`')
+
 import argparse
 import os
 import sys

@@ -9,6 +9,11 @@ source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
 
 prepare_environment tests.txt
 cd "$REPO"
+if ! "$PYTHON" -c 'import imagecorruptions, torchattacks' 2>/dev/null; then
+    printf '\n== libraries that corrupt and attack; their tests skip without\n'
+    "$PYTHON" -m pip install --disable-pip-version-check --quiet --no-deps \
+        -r requirements/robustness.txt || true
+fi
 printf '\n== ruff\n'
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .

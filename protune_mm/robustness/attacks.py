@@ -1,0 +1,109 @@
+"""Adversarial attacks on classifiers, in pixels, through the model's own data preprocessor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ATTACKS = ('fgsm', 'pgd', 'autoattack')
+PGD_STEPS = 10
+
+
+class PixelModel(nn.Module):
+    """A classifier of MMPretrain that takes pixels from 0 to 1 and returns logits.
+
+    Args:
+        model: the classifier, with its data preprocessor.
+
+    Raises:
+        ValueError: the model is no classifier.
+
+    Shape: ``(B, 3, H, W) -> (B, classes)``, in the order of channels of the data loader.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        if not hasattr(model, 'head') or not hasattr(model.head, 'num_classes'):
+            raise ValueError(
+                f'attacks are for classifiers of MMPretrain; {type(model).__name__} is none'
+            )
+        self.model = model
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return the logits."""
+        inputs = self.model.data_preprocessor(dict(inputs=255 * pixels))['inputs']
+        return self.model(inputs, mode='tensor')
+
+
+def robust_accuracy(
+    model: nn.Module, batches: Iterable[dict], attack: str, budgets: Sequence[float]
+) -> dict[float, float]:
+    """Accuracy under attack, for growing budgets.
+
+    An image that one budget breaks is broken for every larger one, whose perturbations include
+    the smaller ones.
+
+    Args:
+        model: a classifier, in evaluation mode.
+        batches: of a test data loader, each with ``inputs`` and ``data_samples``.
+        attack: one of :data:`ATTACKS`, run by the library ``torchattacks`` under the maximum norm.
+        budgets: largest changes of a pixel, from 0 to 1, in growing order. 0 is no attack.
+
+    Returns:
+        dict[float, float]: budget to accuracy, in per cent.
+
+    Raises:
+        ValueError: an unknown attack, budgets that do not grow, or too few classes.
+        ModuleNotFoundError: the library is not installed.
+    """
+    if attack not in ATTACKS:
+        raise ValueError(f"attack='{attack}' is unknown: use one of {', '.join(ATTACKS)}")
+    budgets = list(budgets)
+    if not budgets or budgets[0] < 0 or budgets != sorted(set(budgets)):
+        raise ValueError(f'budgets={budgets} do not grow from 0 on')
+    pixel_model = PixelModel(model).eval()
+    if attack == 'autoattack' and model.head.num_classes < 4:
+        raise ValueError(
+            f'autoattack needs at least 4 classes; the model has {model.head.num_classes}: its '
+            'loss compares with the third best'
+        )
+    device = next(model.parameters()).device
+    right, total = dict.fromkeys(budgets, 0), 0
+    for batch in batches:
+        pixels = _stacked(batch['inputs']).to(device).float() / 255
+        labels = torch.cat([s.gt_label for s in batch['data_samples']]).to(device)
+        total += len(labels)
+        with torch.no_grad():
+            standing = pixel_model(pixels).argmax(1) == labels
+        pixels, labels = pixels[standing], labels[standing]
+        for budget in budgets:
+            if budget and len(labels):
+                attacker = _attacker(attack, pixel_model, budget, model.head.num_classes)
+                with torch.enable_grad():
+                    changed = attacker(pixels, labels).detach()
+                with torch.no_grad():
+                    standing = pixel_model(changed).argmax(1) == labels
+                pixels, labels = pixels[standing], labels[standing]
+            right[budget] += len(labels)
+    return {budget: 100 * count / max(1, total) for budget, count in right.items()}
+
+
+def _stacked(inputs: Tensor | list[Tensor]) -> Tensor:
+    return inputs if isinstance(inputs, Tensor) else torch.stack(inputs)
+
+
+def _attacker(attack: str, model: nn.Module, budget: float, classes: int) -> Any:
+    try:
+        import torchattacks
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f'{error}: pip install -r requirements/robustness.txt for attacks'
+        ) from error
+    if attack == 'fgsm':
+        return torchattacks.FGSM(model, eps=budget)
+    if attack == 'pgd':
+        return torchattacks.PGD(model, eps=budget, alpha=budget / 4, steps=PGD_STEPS)
+    return torchattacks.AutoAttack(model, eps=budget, n_classes=classes, seed=0)

@@ -1,0 +1,84 @@
+"""Test on the images of one data set with the classes of another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mmengine.dataset import BaseDataset
+from mmengine.registry import DATASETS as ROOT
+
+from ..datasets.subsets import Subset, image_labels
+from ..registry import DATASETS
+
+
+@DATASETS.register_module()
+class ClassMap(Subset):
+    """A classification set whose labels are those of the set a model was trained on.
+
+    Images of classes that the map does not name are left out: ImageNet-A and ImageNet-R have 200 of
+    ImageNet's thousand classes.
+
+    Args:
+        dataset: config of the data set to test on, or the data set itself.
+        classes: name of each of its classes to the name of the class it is for the model. Default:
+            classes of the same name; ``'indices'``: its names are positions in ``target``.
+        target: names of the model's classes, in the order of its outputs; or the folder that the
+            model was trained on, whose sub-folders are the classes in alphabetical order.
+        lazy_init: wait until the first use. Default False.
+
+    Raises:
+        ValueError: the map names a class that one of the two sets does not have, or none.
+    """
+
+    def __init__(
+        self,
+        dataset: dict | BaseDataset,
+        target: list[str] | str,
+        classes: dict[str, str] | str | None = None,
+        lazy_init: bool = False,
+    ) -> None:
+        if isinstance(dataset, dict):
+            dataset = ROOT.build(dataset)
+        own = list(dataset.metainfo.get('classes') or ())
+        if isinstance(target, str):
+            target = sorted(path.name for path in Path(target).iterdir() if path.is_dir())
+        if classes is None:
+            classes = {name: name for name in own if name in set(target)}
+            if not classes:
+                raise ValueError(f'no class of the data set ({own[0]}, ...) is one of the target')
+        elif classes == 'indices':
+            classes = {name: target[int(name)] for name in own}
+        for known, names, side in (
+            (own, classes, 'the data set'),
+            (target, classes.values(), 'target'),
+        ):
+            for name in names:
+                if name not in known:
+                    raise ValueError(
+                        f"the class map names '{name}', which {side} does not have: it has "
+                        f'{", ".join(map(str, known[:10]))}{", ..." if len(known) > 10 else ""}'
+                    )
+        self.new = {own.index(a): list(target).index(b) for a, b in classes.items()}
+        self.target = list(target)
+        super().__init__(dataset, lazy_init=lazy_init)
+
+    @property
+    def metainfo(self) -> dict:
+        """Of the data set, with the classes of the model."""
+        return {**super().metainfo, 'classes': self.target}
+
+    def choose(self, labels: list[set[int]]) -> list[int]:
+        """See :class:`Subset`."""
+        return [i for i, found in enumerate(labels) if found and found <= set(self.new)]
+
+    def get_data_info(self, index: int) -> dict:
+        """Annotation with the label of the model."""
+        info = super().get_data_info(index)
+        return {**info, 'gt_label': self.new[next(iter(image_labels(info)))]}
+
+    def __getitem__(self, index: int) -> object:
+        """One image after the pipeline, with the label of the model."""
+        self.full_init()
+        info = {**self.dataset.get_data_info(self.indices[index])}
+        info['gt_label'] = self.new[next(iter(image_labels(info)))]
+        return self.dataset.pipeline(info)

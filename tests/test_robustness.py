@@ -1,0 +1,252 @@
+"""Corruptions, attacks, shots and class maps: known answers; the tool on all three libraries."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from mmengine.registry import DATASETS, TRANSFORMS, DefaultScope
+from mmpretrain.models import ImageClassifier
+from mmpretrain.structures import DataSample
+
+from protune_mm.robustness import (
+    CORRUPTIONS,
+    ClassMap,
+    PixelModel,
+    ShotAccuracy,
+    corrupted,
+    robust_accuracy,
+    summary,
+)
+from tests.conftest import run_tool
+from tests.small_runs import QUICK, SHAPES, data
+
+corruptions = pytest.importorskip('imagecorruptions', reason='requirements/robustness.txt')
+torchattacks = pytest.importorskip('torchattacks', reason='requirements/robustness.txt')
+
+
+def corrupt(name, severity, path='a.png', size=(48, 64)):
+    image = np.random.RandomState(0).randint(0, 255, (*size, 3), dtype=np.uint8)
+    step = TRANSFORMS.build(dict(type='protune_mm.Corrupt', corruption=name, severity=severity))
+    return image, step(dict(img=image.copy(), img_path=path))['img']
+
+
+@pytest.mark.parametrize('name', CORRUPTIONS)
+def test_every_corruption_changes_the_image_the_same_way_each_time(name):
+    state = np.random.get_state()[1].copy()
+    image, made = corrupt(name, 2)
+    assert (made.shape, made.dtype) == (image.shape, np.uint8)
+    assert not np.array_equal(made, image)
+    assert np.array_equal(corrupt(name, 2)[1], made)
+    assert (np.random.get_state()[1] == state).all(), 'other random numbers stay as they were'
+    assert np.array_equal(corrupt(name, 0)[1], image)
+    if name.endswith('noise'):
+        assert not np.array_equal(corrupt(name, 2, 'b.png')[1], made)
+
+
+def test_severity_grows():
+    errors = []
+    for severity in range(1, 6):
+        image, made = corrupt('gaussian_noise', severity)
+        errors.append(np.abs(made.astype(float) - image).mean())
+    assert errors == sorted(errors)
+
+
+def test_the_corruption_comes_right_after_the_image():
+    steps = [dict(type='LoadImageFromFile'), dict(type='Resize'), dict(type='LoadAnnotations')]
+    plain = dict(dataset=dict(type='Wrapper', dataset=dict(pipeline=steps)))
+    got = corrupted(plain, 'fog', 3)['dataset']['dataset']['pipeline']
+    assert [step['type'] for step in got[:3]] == [
+        'LoadImageFromFile',
+        'protune_mm.Corrupt',
+        'Resize',
+    ]
+    assert len(steps) == 3, 'a copy'
+    with pytest.raises(ValueError, match='nothing to corrupt'):
+        corrupted(dict(dataset=dict(pipeline=[dict(type='Resize')])), 'fog', 3)
+
+
+def test_summary():
+    scores = {('fog', 1): 60.0, ('fog', 2): 40.0, ('snow', 1): 30.0, ('snow', 2): 10.0}
+    assert summary(70.0, scores, True) == {'mPC': 35, 'rPC': 50, 'mCE': 65}
+    scores = {key: value / 100 for key, value in scores.items()}
+    assert summary(0.7, scores, False) == pytest.approx({'mPC': 0.35, 'rPC': 50, 'mCE': 65})
+
+
+@pytest.fixture
+def classifier():
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        torch.manual_seed(0)
+        model = ImageClassifier(
+            backbone=dict(
+                type='protune_mm.ProTuned',
+                base='ResNet',
+                depth=18,
+                stem_channels=8,
+                base_channels=8,
+            ),
+            neck=dict(type='GlobalAveragePooling'),
+            head=dict(type='LinearClsHead', num_classes=5, in_channels=64),
+            data_preprocessor=dict(mean=[120, 110, 100], std=[60, 50, 55], to_rgb=True),
+        )
+    model.backbone._protune.loads.given = True
+    return model.eval()
+
+
+def batches(model, count=3):
+    """Images with the labels that the model gives them, but for one."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(count):
+        inputs = [torch.randint(0, 255, (3, 32, 32), generator=generator).byte() for _ in range(4)]
+        with torch.no_grad():
+            ready = model.data_preprocessor(dict(inputs=torch.stack(inputs)))['inputs']
+            labels = model(ready, mode='tensor').argmax(1)
+        labels[0] = (labels[0] + 1) % 5
+        yield dict(
+            inputs=inputs,
+            data_samples=[DataSample().set_gt_label(label) for label in labels.tolist()],
+        )
+
+
+def test_pixels_go_through_the_models_own_preprocessor(classifier):
+    images = torch.randint(0, 255, (2, 3, 32, 32)).byte()
+    with torch.no_grad():
+        ready = classifier.data_preprocessor(dict(inputs=images))['inputs']
+        expected = classifier(ready, mode='tensor')
+        got = PixelModel(classifier)(images.float() / 255)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)  # float32
+
+
+@pytest.mark.parametrize('attack', ['fgsm', 'pgd', 'autoattack'])
+def test_budget_zero_is_clean_and_a_larger_budget_never_helps(classifier, attack):
+    few = attack == 'autoattack'  # It takes seconds an image.
+    budgets = [0, 0.1] if few else [0, 0.002, 0.01, 0.1]
+    found = robust_accuracy(classifier, batches(classifier, 1 if few else 3), attack, budgets)
+    values = list(found.values())
+    assert values[0] == 75
+    assert values == sorted(values, reverse=True)
+    assert values[-1] < 75
+    assert not any(p.grad is not None for p in classifier.backbone.conv1.parameters())
+
+
+def test_an_attack_stays_within_its_budget(classifier):
+    batch = next(batches(classifier))
+    pixels = torch.stack(batch['inputs']).float() / 255
+    labels = torch.cat([s.gt_label for s in batch['data_samples']])
+    changed = torchattacks.PGD(PixelModel(classifier), eps=0.01)(pixels, labels)
+    assert 0 < (changed - pixels).abs().max() <= 0.01 + 1e-6
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (('fgms', [0]), "attack='fgms' is unknown: use one of fgsm, pgd, autoattack"),
+        (('fgsm', [2, 1]), r'budgets=\[2, 1\] do not grow'),
+        (('fgsm', []), r'budgets=\[\] do not grow'),
+    ],
+)
+def test_bad_attacks(classifier, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        robust_accuracy(classifier, [], *arguments)
+
+
+def test_autoattack_wants_four_classes(classifier):
+    classifier.head.num_classes = 3
+    with pytest.raises(ValueError, match='autoattack needs at least 4 classes; the model has 3'):
+        robust_accuracy(classifier, [], 'autoattack', [0])
+
+
+def test_attacks_are_for_classifiers():
+    with pytest.raises(
+        ValueError, match='attacks are for classifiers of MMPretrain; Linear is none'
+    ):
+        robust_accuracy(torch.nn.Linear(1, 1), [], 'fgsm', [0])
+
+
+@pytest.fixture
+def folder(tmp_path, pictures):
+    return dict(
+        type='CustomDataset',
+        data_root=str(pictures / 'classes'),
+        pipeline=[dict(type='LoadImageFromFile'), dict(type='PackInputs')],
+    )
+
+
+def test_a_class_map(folder, tmp_path):
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        config = dict(type='protune_mm.ClassMap', dataset=folder, target=['x', 'y', 'z'])
+        mapped = DATASETS.build(dict(config, classes=dict(b='z')))
+        assert len(mapped) == 3
+        assert {mapped.get_data_info(i)['gt_label'] for i in range(3)} == {2}
+        assert mapped[0]['data_samples'].gt_label.item() == 2
+        assert mapped.metainfo['classes'] == ['x', 'y', 'z']
+        for classes, message in (
+            (dict(c='z'), "names 'c', which the data set does not have: it has a, b"),
+            (dict(b='w'), "names 'w', which target does not have: it has x, y, z"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                ClassMap(folder, ['x', 'y', 'z'], classes)
+        same = ClassMap(folder, ['z', 'b', 'y'])
+        assert {same.get_data_info(i)['gt_label'] for i in range(len(same))} == {1}
+        for name in ('n2', 'n1', 'a'):
+            (tmp_path / 'train' / name).mkdir(parents=True)
+        by_folder = ClassMap(folder, str(tmp_path / 'train'))
+        assert {by_folder.get_data_info(i)['gt_label'] for i in range(len(by_folder))} == {0}
+        with pytest.raises(ValueError, match=r'no class of the data set \(a, ...\) is one of'):
+            ClassMap(folder, ['x'])
+
+
+def test_accuracy_by_the_number_of_training_images(folder):
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        metric = ShotAccuracy(folder, bounds=(3, 3))
+    metric.counts = {0: 500, 1: 50, 2: 5}
+    metric.bounds = (20, 100)
+    scores = torch.eye(3)
+    for label, guess in ((0, 0), (0, 1), (1, 1), (2, 0), (2, 2), (2, 2)):
+        metric.process({}, [dict(gt_label=torch.tensor([label]), pred_score=scores[guess])])
+    found = metric.evaluate(6)
+    assert found == pytest.approx(
+        {'shots/many': 50, 'shots/medium': 100, 'shots/few': 200 / 3, 'shots/mean': 650 / 9}
+    )
+
+
+FEW = ('--corruptions', 'fog', 'contrast', '--severities', '1', '5')
+
+
+def test_the_tool_on_a_classifier(trained_cls, tmp_path):
+    config, checkpoint = trained_cls
+    out = tmp_path / 'robust.json'
+    attack = ('--attacks', 'fgsm', '--budgets', 0, 2)
+    common = (config, checkpoint, '--metric', 'accuracy/top1', '--work-dir', tmp_path, '--out', out)
+    run_tool('tools/test_robustness.py', *common, *FEW, *attack)
+    found = json.loads(out.read_text())['scores']
+    corrupt = [found[f'{name} {severity}'] for name in ('fog', 'contrast') for severity in (1, 5)]
+    assert found['mPC'] == pytest.approx(sum(corrupt) / 4)
+    assert found['mCE'] == pytest.approx(100 - found['mPC'])
+    assert found['fgsm, 0/255'] == pytest.approx(found['clean'], abs=1e-3)
+    assert found['fgsm, 2/255'] <= found['fgsm, 0/255']
+    again = run_tool('tools/test_robustness.py', *common, *FEW, *attack)
+    assert 'fog 1:' not in again.stdout, 'what is there is not computed again'
+    wrong = run_tool(
+        'tools/test_robustness.py', *common[:3], 'accuracy', *common[4:6], *FEW, check=False
+    )
+    assert '--metric accuracy: there are accuracy/top1' in wrong.stderr
+
+
+def test_the_tool_on_a_detector_and_a_segmentor(trained, trained_seg, shapes, tmp_path):
+    work, _ = trained
+    detector = [SHAPES, work / 'epoch_1.pth', '--metric', 'coco/bbox_mAP']
+    options = ['--cfg-options', *QUICK, *data(shapes)]
+    few = ['--corruptions', 'fog', '--severities', '1', '--work-dir', tmp_path]
+    done = run_tool('tools/test_robustness.py', *detector, *few, *options)
+    assert 'mPC: ' in done.stdout
+    refused = run_tool(
+        'tools/test_robustness.py', *detector, '--no-corruptions', '--attacks', 'fgsm',
+        '--work-dir', tmp_path, *options, check=False,
+    )  # fmt: skip
+    assert refused.stderr.strip().endswith(
+        'attacks are for classifiers of MMPretrain; MaskRCNN is none'
+    )
+    config, checkpoint = trained_seg
+    done = run_tool('tools/test_robustness.py', config, checkpoint, '--metric', 'mIoU', *few)
+    assert 'rPC: ' in done.stdout

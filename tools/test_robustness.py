@@ -1,0 +1,115 @@
+"""Test a model under the fifteen common corruptions, and a classifier under attack.
+
+    python tools/test_robustness.py CONFIG CHECKPOINT --metric accuracy/top1 --out robust.json
+    python tools/test_robustness.py CONFIG CHECKPOINT --metric coco/bbox_mAP --corruptions fog snow
+    python tools/test_robustness.py CONFIG CHECKPOINT --metric accuracy/top1 --no-corruptions \
+        --attacks fgsm pgd --budgets 0 0.5 1 2
+
+For classifiers, detectors and segmentors of the three libraries; attacks are for classifiers. Each
+score is written at once, and a run that was stopped goes on. requirements/robustness.txt has the
+two libraries that corrupt and attack.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from mmengine.runner import TestLoop
+
+from protune_mm import cli
+from protune_mm.robustness import ATTACKS, CORRUPTIONS, corrupted, robust_accuracy, summary
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    cli.add_common_arguments(parser, checkpoint=True)
+    parser.add_argument(
+        '--metric', required=True, help='such as accuracy/top1, coco/bbox_mAP, mIoU'
+    )
+    parser.add_argument(
+        '--corruptions', nargs='+', choices=CORRUPTIONS, default=CORRUPTIONS, metavar='NAME'
+    )
+    parser.add_argument('--no-corruptions', action='store_true')
+    parser.add_argument('--severities', nargs='+', type=int, default=[1, 2, 3, 4, 5])
+    parser.add_argument('--attacks', nargs='+', choices=ATTACKS, default=[])
+    parser.add_argument(
+        '--budgets', nargs='+', type=float, default=[0, 0.5, 1, 2, 4], help='in 255ths of a pixel'
+    )
+    parser.add_argument('--out', help='JSON file of the scores')
+    cfg, args = cli.parse(parser)
+    cfg.load_from = args.checkpoint
+    runner = cli.build_runner(cfg)
+    scores = Scores(args)
+
+    def test(dataloader: dict) -> float:
+        runner._test_loop = TestLoop(
+            runner, runner.build_dataloader(dataloader), runner.build_evaluator(cfg.test_evaluator)
+        )
+        metrics = runner.test()
+        if args.metric not in metrics:
+            parser.error(f'--metric {args.metric}: there are {", ".join(map(str, metrics))}')
+        return float(metrics[args.metric])
+
+    clean = scores.once('clean', lambda: test(cfg.test_dataloader))
+    found = {}
+    for name in () if args.no_corruptions else args.corruptions:
+        for severity in args.severities:
+            found[name, severity] = scores.once(
+                f'{name} {severity}',
+                lambda name=name, severity=severity: test(
+                    corrupted(cfg.test_dataloader, name, severity)
+                ),
+            )
+    if found:
+        # Accuracy and mIoU go to 100 in these libraries, average precision to 1.
+        scores.note(summary(clean, found, per_cent='mAP' not in args.metric))
+    for attack in args.attacks:
+        loader = runner.build_dataloader(cfg.test_dataloader)
+        budgets = [budget / 255 for budget in args.budgets]
+        result = scores.once(
+            f'{attack} {" ".join(map(str, args.budgets))}',
+            lambda loader=loader, attack=attack, budgets=budgets: list(
+                robust_accuracy(runner.model, loader, attack, budgets).values()
+            ),
+        )
+        for budget, value in zip(args.budgets, result, strict=True):
+            scores.note({f'{attack}, {budget:g}/255': value})
+
+
+class Scores:
+    """Scores so far, written as soon as they are there.
+
+    Args:
+        args: of the tool; scores of another config, checkpoint or metric are not gone on with.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.file = Path(args.out) if args.out else None
+        self.about = dict(config=args.config, checkpoint=args.checkpoint, metric=args.metric)
+        self.known: dict = {}
+        if self.file and self.file.exists():
+            before = json.loads(self.file.read_text())
+            if before['about'] == self.about:
+                self.known = before['scores']
+
+    def once(self, name: str, compute: object) -> object:
+        """A score that is there, or computed now."""
+        if name not in self.known:
+            self.note({name: compute()})
+        return self.known[name]
+
+    def note(self, scores: dict) -> None:
+        """Show scores and write all of them."""
+        self.known.update(scores)
+        for name, value in scores.items():
+            print(f'{name}: {value}', flush=True)
+        if self.file:
+            part = self.file.with_suffix('.part')
+            part.write_text(json.dumps(dict(about=self.about, scores=self.known), indent=1) + '\n')
+            part.replace(self.file)
+
+
+if __name__ == '__main__':
+    cli.run(main)
