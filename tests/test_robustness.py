@@ -12,6 +12,7 @@ from mmpretrain.structures import DataSample
 from protune_mm.robustness import (
     CORRUPTIONS,
     ClassMap,
+    MappedAccuracy,
     PixelModel,
     ShotAccuracy,
     corrupted,
@@ -208,6 +209,48 @@ def test_accuracy_by_the_number_of_training_images(folder):
     assert found == pytest.approx(
         {'shots/many': 50, 'shots/medium': 100, 'shots/few': 200 / 3, 'shots/mean': 650 / 9}
     )
+
+
+@pytest.fixture
+def imagenet(tmp_path):
+    """Folders laid out as ImageNet's and its variants', with four classes."""
+    import cv2
+
+    image = np.random.RandomState(0).randint(0, 255, (40, 40, 3), dtype=np.uint8)
+    names = [f'n0{i}' for i in range(4)]
+    folders = {
+        'imagenet/train': names,
+        'imagenetv2-matched-frequency-format-val': ['0', '1', '2', '3'],
+        'imagenet-a': names[1:3],
+        'imagenet-r': names[:3],
+        'sketch': names,
+    }
+    for folder, classes in folders.items():
+        for name in classes:
+            (tmp_path / 'data' / folder / name).mkdir(parents=True)
+            cv2.imwrite(str(tmp_path / 'data' / folder / name / 'a.jpg'), image)
+    return tmp_path
+
+
+@pytest.mark.parametrize(('variant', 'subset'), [('v2', 4), ('a', 2), ('r', 3), ('sketch', 4)])
+def test_a_config_for_every_variant_of_imagenet(imagenet, monkeypatch, variant, subset):
+    from mmengine.runner import Runner
+
+    from protune_mm import load_config
+
+    cfg = load_config(f'configs/robustness/resnet50_protune_imagenet-{variant}.py')
+    monkeypatch.chdir(imagenet)
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        dataset = Runner.build_dataloader(dict(cfg.test_dataloader, num_workers=0)).dataset
+        metric = MappedAccuracy()
+    assert len(dataset) == len(dataset.metainfo['subset']) == subset
+    labels = [dataset[i]['data_samples'].gt_label.item() for i in range(subset)]
+    assert labels == dataset.metainfo['subset']
+    # A model that always says the fourth class is right where that is one of the answers.
+    metric.dataset_meta = dataset.metainfo
+    score = torch.tensor([0.1, 0.3, 0.2, 0.4])
+    metric.process({}, [dict(gt_label=torch.tensor([i]), pred_score=score) for i in labels])
+    assert metric.evaluate(subset) == pytest.approx({'accuracy/top1': 100 / subset})
 
 
 FEW = ('--corruptions', 'fog', 'contrast', '--severities', '1', '5')

@@ -1,7 +1,7 @@
 """Scores under corruption, attack, imbalance and a change of the classes."""
 
 from .attacks import ATTACKS, PixelModel, robust_accuracy
-from .class_map import ClassMap
+from .class_map import ClassMap, MappedAccuracy
 from .corruptions import CORRUPTIONS, Corrupt, corrupted, summary
 from .shots import ShotAccuracy
 
@@ -10,6 +10,7 @@ __all__ = [
     'CORRUPTIONS',
     'ClassMap',
     'Corrupt',
+    'MappedAccuracy',
     'PixelModel',
     'ShotAccuracy',
     'corrupted',

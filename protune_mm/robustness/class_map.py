@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 
 from mmengine.dataset import BaseDataset
+from mmengine.evaluator import BaseMetric
 from mmengine.registry import DATASETS as ROOT
 
 from ..datasets.subsets import Subset, image_labels
-from ..registry import DATASETS
+from ..registry import DATASETS, METRICS
 
 
 @DATASETS.register_module()
@@ -64,8 +67,12 @@ class ClassMap(Subset):
 
     @property
     def metainfo(self) -> dict:
-        """Of the data set, with the classes of the model."""
-        return {**super().metainfo, 'classes': self.target}
+        """Of the data set, with the classes of the model, and ``subset``: those that occur."""
+        return {
+            **super().metainfo,
+            'classes': self.target,
+            'subset': sorted(set(self.new.values())),
+        }
 
     def choose(self, labels: list[set[int]]) -> list[int]:
         """See :class:`Subset`."""
@@ -82,3 +89,24 @@ class ClassMap(Subset):
         info = {**self.dataset.get_data_info(self.indices[index])}
         info['gt_label'] = self.new[next(iter(image_labels(info)))]
         return self.dataset.pipeline(info)
+
+
+@METRICS.register_module()
+class MappedAccuracy(BaseMetric):
+    """Top-1 accuracy on a :class:`ClassMap`: only its classes are answers.
+
+    Its result is ``top1``, in per cent.
+    """
+
+    default_prefix = 'accuracy'
+
+    def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
+        """Note whether the best class of the subset is the right one."""
+        subset = self.dataset_meta['subset']
+        for sample in data_samples:
+            best = subset[int(sample['pred_score'][subset].argmax())]
+            self.results.append(best == int(sample['gt_label']))
+
+    def compute_metrics(self, results: list) -> dict[str, float]:
+        """See the class."""
+        return {'top1': 100 * mean(results)}
