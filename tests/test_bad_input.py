@@ -28,7 +28,10 @@ CASES = [
     (dict(stages='every'), "stages='every' is unknown"),
     (dict(stages=[]), r'stages=\[\] is unknown'),
     (dict(prompt=dict(ratio=65)), "stage 'layer1': ratio=65 leaves no channel of 64"),
-    (dict(prompt=dict(type='Nope')), "prompt.type='Nope' is unknown: known are ProTuningBlock"),
+    (
+        dict(prompt=dict(type='Nope')),
+        "prompt.type='Nope' is unknown: known are Adapter, .*ProTuningBlock",
+    ),
     (dict(prompt=dict(rate=3)), "stage 'layer1'.*unexpected keyword argument 'rate'"),
     (dict(prompt=dict(ratio='4')), "stage 'layer1': ratio='4' is no number"),
     (dict(prompt=dict(kernel_size=4)), "stage 'layer1': kernel_size=4 shifts the map"),
