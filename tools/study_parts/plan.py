@@ -58,6 +58,9 @@ class Run:
 class Study:
     """A study's file: ``tasks``, ``methods``, ``lrs``, ``seeds``, and ``options``, ``variants``.
 
+    A task has ``config``, ``backbone``, ``metrics``, ``fractions`` and ``steps``, and may have
+    ``few_steps`` (below half of the labels), ``lrs`` of its own and ``cfg_options``.
+
     Args:
         path: of a file such as ``configs/study/cpu.py``.
 
@@ -92,7 +95,7 @@ class Study:
             Run(name, method, fraction, lr, seed)
             for name, task in self.tasks.items()
             for fraction, seed, method, lr in itertools.product(
-                task['fractions'], self.seeds, self.methods, self.lrs
+                task['fractions'], self.seeds, self.methods, task.get('lrs', self.lrs)
             )
         ]
 

@@ -14,8 +14,11 @@ import warnings
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
+from mmengine.logging import MessageHub, MMLogger
 from mmengine.model import BaseModel
+from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
+from mmengine.visualization import Visualizer
 
 import protune_mm
 from protune_mm import cli
@@ -80,6 +83,9 @@ def train(path: str, key: str) -> dict:
         if not diverged:
             scores = dict(val=runner.val(), test=runner.test())
     counts = backbone_counts(runner.model, cfg)
+    # mmengine keeps what belongs to every experiment of a process.
+    for manager in (MMLogger, MessageHub, Visualizer, DefaultScope):
+        manager._instance_dict.clear()
     lines = []
     for metric in task['metrics']:
         found = {part: scores[part].get(metric, math.nan) for part in scores}
