@@ -2,7 +2,7 @@
 #     python tools/study.py configs/study/ablation.py --results ablations.jsonl
 _base_ = ['./cpu.py']
 
-tasks = dict(_delete_=True, flowers5=dict(_base_.tasks.flowers5, fractions=[0.05]))
+tasks = dict(_delete_=True, flowers5=_base_.tasks.flowers5)
 variants = {
     'stages': dict(),
     'stages-paper': dict(prompt='paper'),

@@ -8,21 +8,33 @@ methods = [
 lrs = [3e-4, 1e-3, 3e-3]
 seeds = [0, 1, 2]
 
-tasks = dict(
-    flowers5=dict(
-        config='configs/small/mobilenetv2_protune_flowers5.py',
-        backbone='MobileNetV2',
-        metrics=['accuracy/top1'],
-        fractions=[0.05, 1.0],
-        steps=400,
-        few_steps=150,
-        cfg_options={
-            'train_dataloader.batch_size': 16,
-            'val_dataloader.batch_size': 64,
-            'test_dataloader.batch_size': 64,
-        },
-    ),
+flowers5 = dict(
+    config='configs/small/mobilenetv2_protune_flowers5.py',
+    backbone='MobileNetV2',
+    metrics=['accuracy/top1'],
+    steps=400,
+    few_steps=150,
+    cfg_options={
+        'train_dataloader.batch_size': 16,
+        'val_dataloader.batch_size': 64,
+        'test_dataloader.batch_size': 64,
+    },
 )
+tasks = {
+    'flowers5': dict(flowers5, fractions=[0.05]),
+    'flowers5-robust': dict(
+        flowers5,
+        fractions=[1.0],
+        scenarios=dict(every=4, severities=[3], attacks=dict(fgsm=[0, 0.25], pgd=[0.25])),
+    ),
+    'flowers5-long-tailed': dict(
+        flowers5,
+        fractions=[1.0],
+        steps=150,
+        long_tail=50,
+        metrics=['shots/mean', 'shots/many', 'shots/medium', 'shots/few'],
+    ),
+}
 
 # At most a tenth of the backbone's parameters for every method that does not train all of them.
 options = dict(

@@ -59,7 +59,9 @@ class Study:
     """A study's file: ``tasks``, ``methods``, ``lrs``, ``seeds``, and ``options``, ``variants``.
 
     A task has ``config``, ``backbone``, ``metrics``, ``fractions`` and ``steps``, and may have
-    ``few_steps`` (below half of the labels), ``lrs`` of its own and ``cfg_options``.
+    ``few_steps`` (below half of the labels), ``lrs`` of its own, ``cfg_options``, ``long_tail``
+    (the ratio of :class:`protune_mm.datasets.LongTailed`), and ``scenarios``: ``severities`` of
+    the common corruptions, ``attacks`` with budgets in 255ths, on ``every`` such test image.
 
     Args:
         path: of a file such as ``configs/study/cpu.py``.

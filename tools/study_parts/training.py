@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import logging
 import math
@@ -17,7 +18,7 @@ from mmengine.hooks import Hook
 from mmengine.logging import MessageHub, MMLogger
 from mmengine.model import BaseModel
 from mmengine.registry import DefaultScope
-from mmengine.runner import Runner
+from mmengine.runner import Runner, TestLoop
 from mmengine.visualization import Visualizer
 
 import protune_mm
@@ -26,6 +27,7 @@ from protune_mm.compat import stack_versions
 from protune_mm.config import config_backbones
 from protune_mm.frozen import prompt_parameters
 from protune_mm.lean.memory import kept_bytes
+from protune_mm.robustness import CORRUPTIONS, corrupted, robust_accuracy, summary
 
 from .plan import Run, Study
 
@@ -82,13 +84,19 @@ def train(path: str, key: str) -> dict:
         scores = dict(val={}, test={})
         if not diverged:
             scores = dict(val=runner.val(), test=runner.test())
+            scores['test'] |= scenario_scores(runner, cfg, task)
     counts = backbone_counts(runner.model, cfg)
     # mmengine keeps what belongs to every experiment of a process.
     for manager in (MMLogger, MessageHub, Visualizer, DefaultScope):
         manager._instance_dict.clear()
     lines = []
-    for metric in task['metrics']:
-        found = {part: scores[part].get(metric, math.nan) for part in scores}
+    metrics = [*task['metrics'], *scenario_metrics(task)]
+    for metric in metrics:
+        # Under corruption and attack, too, the validation score is the clean one.
+        found = dict(
+            val=scores['val'].get(metric, scores['val'].get(task['metrics'][0], math.nan)),
+            test=scores['test'].get(metric, math.nan),
+        )
         bad = diverged or not math.isfinite(found['test'])
         lines.append(
             dict(
@@ -101,7 +109,7 @@ def train(path: str, key: str) -> dict:
                 lr=run.lr,
                 steps=steps_of(task, run),
                 metric=metric,
-                metrics=len(task['metrics']),
+                metrics=len(metrics),
                 score=0.0 if bad else float(found['test']),
                 val_score=0.0 if bad else float(found['val']),
                 diverged=bad,
@@ -115,6 +123,45 @@ def train(path: str, key: str) -> dict:
             )
         )
     return dict(key=key, status='diverged' if diverged else 'ok', reason='', lines=lines)
+
+
+def scenario_metrics(task: dict) -> list[str]:
+    """Names of the scores under corruption and attack that a task asks for."""
+    wanted = task.get('scenarios', {})
+    names = [f'100 - mCE, severity {s}' for s in wanted.get('severities', ())]
+    return names + [
+        f'{attack}, {budget:g}/255'
+        for attack, budgets in wanted.get('attacks', {}).items()
+        for budget in budgets
+    ]
+
+
+def scenario_scores(runner: Runner, cfg: Config, task: dict) -> dict[str, float]:
+    """Scores under corruption and attack, on a part of the test split."""
+    wanted = task.get('scenarios')
+    if not wanted:
+        return {}
+    plain = copy.deepcopy(cfg.test_dataloader)
+    total = len(runner.test_dataloader.dataset)
+    plain.dataset.indices = list(range(0, total, wanted.get('every', 1)))
+    metric, found = task['metrics'][0], {}
+    for severity in wanted.get('severities', ()):
+        scores = {}
+        for name in CORRUPTIONS:
+            runner._test_loop = TestLoop(
+                runner,
+                runner.build_dataloader(corrupted(plain, name, severity)),
+                runner.build_evaluator(cfg.test_evaluator),
+            )
+            scores[name, severity] = runner.test()[metric]
+        error = summary(1.0, scores, per_cent='mAP' not in metric)['mCE']
+        found[f'100 - mCE, severity {severity}'] = 100 - error
+    for attack, budgets in wanted.get('attacks', {}).items():
+        loader = runner.build_dataloader(plain)
+        values = robust_accuracy(runner.model, loader, attack, [b / 255 for b in budgets])
+        for budget, value in zip(budgets, values.values(), strict=True):
+            found[f'{attack}, {budget:g}/255'] = value
+    return found
 
 
 def steps_of(task: dict, run: Run) -> int:
@@ -144,6 +191,16 @@ def config_of(study: Study, run: Run, work: str) -> Config:
     loader = cfg.train_dataloader
     loader.sampler = dict(type='InfiniteSampler', shuffle=True)
     loader.pop('batch_sampler', None)
+    if 'long_tail' in task:
+        loader.dataset = dict(
+            type='protune_mm.LongTailed',
+            dataset=loader.dataset,
+            ratio=task['long_tail'],
+            seed=run.seed,
+        )
+        shots = dict(type='protune_mm.ShotAccuracy', dataset=loader.dataset)
+        cfg.test_evaluator = [cfg.test_evaluator, shots]
+        cfg.val_evaluator = [cfg.val_evaluator, shots]
     if run.fraction < 1:
         loader.dataset = dict(
             type='protune_mm.FewLabels',
