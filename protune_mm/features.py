@@ -35,7 +35,12 @@ class PatchGrid:
             size = self.patch_size
             height, width = size if isinstance(size, tuple | list) else (size, size)
             image = args[0] if args else next(iter(kwargs.values()))
-            _grid.set((image.shape[2] // height, image.shape[3] // width))
+            rows, columns = image.shape[2] // height, image.shape[3] // width
+            if out.ndim == 3 and rows * columns != out.shape[1]:
+                # Its patches are of a map that it computes first: only the shape is the image's.
+                rows = round(math.sqrt(out.shape[1] * image.shape[2] / image.shape[3]))
+                columns = out.shape[1] // rows
+            _grid.set((rows, columns))
         return out
 
 

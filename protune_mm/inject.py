@@ -443,9 +443,14 @@ def _last_block(name: str, module: nn.Module) -> str:
     """Descend from containers to the last module that runs: a container would run a prompt."""
     path = name
     while isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
-        if isinstance(module, nn.Sequential) and type(module).forward is not nn.Sequential.forward:
+        plain = next(
+            kind.forward
+            for kind in (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+            if isinstance(module, kind)
+        )
+        if type(module).forward is not plain:
             raise ValueError(
-                f"stage '{name}': {type(module).__name__} is a Sequential with a forward of its "
+                f"stage '{name}': {type(module).__name__} is a container with a forward of its "
                 'own; name its last block instead'
             )
         children = list(module.named_children())

@@ -106,7 +106,7 @@ class Custom(nn.Sequential):
         ),
         ('never', TypeError, r"stage 'never' never runs in Odd.forward"),
         ('box', ValueError, r"stage 'box' is empty"),
-        ('custom', ValueError, r"'custom': Custom is a Sequential with a forward of its own"),
+        ('custom', ValueError, r"'custom': Custom is a container with a forward of its own"),
     ],
 )
 def test_a_stage_that_yields_something_unexpected(stage, error, message):

@@ -52,7 +52,7 @@ def test_the_configs_a_user_expects_are_there():
         assert f'Config: configs/{name}.py' in index
 
 
-@pytest.mark.parametrize('path', [p for p in CONFIGS if '/small/' not in p])
+@pytest.mark.parametrize('path', [p for p in CONFIGS if p.count('/') == 1])
 def test_only_the_model_and_the_runner_differ_from_stock(path):
     cfg = protune_mm.load_config(path).to_dict()
     from mmengine.config import Config
@@ -69,6 +69,18 @@ def test_only_the_model_and_the_runner_differ_from_stock(path):
     expected['model'].pop('backbone')
     assert cfg['model'] == expected['model']
     assert changed['type'] == 'protune_mm.ProTuned'
+
+
+@pytest.mark.parametrize('path', [p for p in CONFIGS if '/robustness/' in p])
+def test_only_the_test_set_differs_from_the_config_that_was_trained(path):
+    cfg = protune_mm.load_config(path).to_dict()
+    trained = protune_mm.load_config('configs/resnet50_protune_in1k.py').to_dict()
+    loader, trained_loader = cfg['test_dataloader'], trained['test_dataloader']
+    assert loader['dataset'].pop('type') == 'protune_mm.ClassMap'
+    assert loader['dataset']['dataset']['pipeline'] == trained_loader.pop('dataset').pop('pipeline')
+    del loader['dataset']
+    assert cfg.pop('test_evaluator') != trained.pop('test_evaluator')
+    assert cfg == trained
 
 
 def test_a_twin_of_the_same_seed_starts_with_the_same_neck_and_head():

@@ -22,6 +22,14 @@ CASES = {
         dict(features_only=True, out_indices=(2, 3, 4)), (64, 96),
         [f'blocks.{i}' for i in (0, 1, 3, 5)],
     ),
+    'regnety_002': (dict(), (64, 96), ['s1', 's2', 's3', 's4']),
+    'deit_tiny_distilled_patch16_224': (
+        VIT, (224, 224), [f'blocks.{i}' for i in range(4)],
+    ),
+    # Patches of a map.
+    'vit_small_r26_s32_224': (
+        dict(VIT, img_size=(64, 96)), (64, 96), [f'blocks.{i}' for i in range(4)],
+    ),
     'convnext_atto': (FEATURES, (64, 96), [f'stages_{i}' for i in range(4)]),
     'swin_tiny_patch4_window7_224': (
         dict(**FEATURES, depths=(1, 1, 2, 1), embed_dim=24, num_heads=(1, 2, 3, 6)),
@@ -74,6 +82,8 @@ def test_a_timm_backbone(name):
         assert all(torch.equal(t, before[n]) for n, t in frozen_tensors(tuned))
 
 
-def test_a_timm_backbone_that_tells_no_stages():
+@pytest.mark.parametrize('name', ['hrnet_w18_small', 'densenet121', 'rdnet_tiny'])
+def test_a_timm_backbone_that_tells_no_stages(name):
+    more = FEATURES if name.startswith('hrnet') else {}
     with pytest.raises(ValueError, match=r'TIMMBackbone tells no stages: name its stages'):
-        wrapped('hrnet_w18_small', True, **FEATURES)
+        wrapped(name, True, **more)

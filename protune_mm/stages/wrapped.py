@@ -38,7 +38,11 @@ def _timm(backbone: nn.Module) -> list[Stage]:
         ]
     # What is finer than stride 4 belongs to the stem, unless a neck reads it.
     deep = [i for i in range(last + 1) if info[i]['reduction'] >= 4 or i in (read or [last])]
-    return [Stage(paths[i], _blocks(backbone, f'{prefix}.{paths[i]}')) for i in deep]
+    stages = [Stage(paths[i], _blocks(backbone, f'{prefix}.{paths[i]}')) for i in deep]
+    # A container with a forward of its own (DenseNet's) would run a prompt as one of its layers.
+    ends = [backbone.get_submodule(stage.blocks[-1]) for stage in stages]
+    containers = nn.Sequential | nn.ModuleDict | nn.ModuleList
+    return [] if any(isinstance(end, containers) for end in ends) else stages
 
 
 def _spellings(item: dict) -> tuple[str, str]:
@@ -46,13 +50,14 @@ def _spellings(item: dict) -> tuple[str, str]:
 
 
 def _blocks(backbone: nn.Module, path: str) -> tuple[str, ...]:
+    """The children of a module that runs one after the other; else the module itself."""
     module = backbone.get_submodule(path)
-    while type(module) is nn.Sequential and len(module):
-        names = children(backbone, path)
-        if type(module[-1]) is not nn.Sequential:
-            return names
-        path, module = names[-1], module[-1]
-    return (path,)
+    names = children(backbone, path)
+    # RegNet's stage is no Sequential, but runs its children like one.
+    if not names or not (type(module) is nn.Sequential or type(module).__name__ == 'RegStage'):
+        return (path,)
+    last = backbone.get_submodule(names[-1])
+    return _blocks(backbone, names[-1]) if type(last) is nn.Sequential else names
 
 
 def _timm_layout(backbone: nn.Module, block: nn.Module) -> Layout:
@@ -70,6 +75,11 @@ def _timm_embedding(backbone: nn.Module) -> str:
 
 def _timm_extra(backbone: nn.Module, block: nn.Module) -> int:
     return getattr(_features(backbone)[1], 'num_prefix_tokens', 0)
+
+
+def _timm_reads_extra(backbone: nn.Module) -> bool:
+    # Distilled nets hand on the mean of the class and the distillation token.
+    return hasattr(backbone.timm_model, 'head_dist')
 
 
 def _timm_size(backbone: nn.Module) -> tuple[int, int] | None:
@@ -91,6 +101,7 @@ WRAPPED: tuple[Family, ...] = (
         split=_timm,
         layout=_timm_layout,
         count_extra=_timm_extra,
+        reads_extra=_timm_reads_extra,
         embedding=_timm_embedding,
         native=_timm_size,
         # mmseg's fetches weights unless told not to.
