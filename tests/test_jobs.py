@@ -1,6 +1,11 @@
 """Jobs run side by side: each result is noted at once, and a death costs one job."""
 
 import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -57,3 +62,46 @@ def test_a_line_that_was_cut_off_is_done_again(results, capsys):
     assert len(results().work(job, ['good a', 'good b'])) == 2
     assert '[1/1, 0 min left] ok good' in capsys.readouterr().out
     assert len(results().known) == 2
+
+
+SLEEPER = """
+import os, sys, time
+sys.path.insert(0, {tools!r})
+from pathlib import Path
+from jobs import Results
+
+def job(key):
+    Path({out!r}, key).write_text(str(os.getpid()))
+    time.sleep(60)
+
+if __name__ == '__main__':
+    Results(Path({out!r}, 'results.jsonl'), 1).work(job, ['first', 'second'])
+"""
+
+
+def test_workers_end_when_their_parent_is_killed(tmp_path):
+    script = tmp_path / 'sleeper.py'
+    script.write_text(SLEEPER.format(tools=str(ROOT / 'tools'), out=str(tmp_path)))
+    parent = subprocess.Popen([sys.executable, script])
+    note = tmp_path / 'first'
+    wait_for(lambda: note.exists() and note.read_text())
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    worker = int(note.read_text())
+    wait_for(lambda: not alive(worker), seconds=20)
+    assert not (tmp_path / 'second').exists()
+
+
+def alive(pid):
+    try:
+        # A process that has ended and that nobody has waited for is a zombie.
+        return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] != 'Z'
+    except FileNotFoundError:
+        return False
+
+
+def wait_for(condition, seconds=120):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, 'it took too long'
+        time.sleep(0.1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import multiprocessing
+import os
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -128,7 +130,14 @@ class Progress:
 
 
 def start_worker() -> None:
-    """One thread a process, and no messages of the stack."""
+    """One thread a process, no messages of the stack, and an end with the process it works for."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     warnings.simplefilter('ignore')
+
+
+def _end_with_parent() -> None:
+    # A pool's workers outlive a parent that was killed, and would go on with what it had queued.
+    multiprocessing.parent_process().join()
+    os._exit(1)

@@ -25,6 +25,7 @@ class ProTuningBlock(BaseModule):
     Args:
         channels: channels C of the stage's output.
         ratio: the 1x1 convolutions reduce C to ``int(C / ratio)`` and restore it. Default 8.
+        hidden: channels of the middle convolution, instead of ``ratio``. Default None: by ratio.
         kernel_size: side of the middle convolution, odd, in pixels. Default 5.
         depthwise: the middle convolution mixes no channels. Default True.
         norm_cfg: normalization after each of the first two convolutions, as in mmcv. Default
@@ -37,7 +38,7 @@ class ProTuningBlock(BaseModule):
             Default True.
 
     Raises:
-        ValueError: ``ratio`` leaves no channel, or ``kernel_size`` is even.
+        ValueError: ``ratio`` leaves no channel, ``hidden`` is below 1, or ``kernel_size`` is even.
         TypeError: an option that should be a number is none.
 
     Shape: ``(B, C, H, W) -> (B, C, H, W)``, any H and W from 1 on.
@@ -60,19 +61,22 @@ class ProTuningBlock(BaseModule):
         scale: float = 1.0,
         learnable_scale: bool = False,
         zero_init: bool = True,
+        hidden: int | None = None,
     ) -> None:
         super().__init__()
         for name, value in (('ratio', ratio), ('kernel_size', kernel_size), ('scale', scale)):
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise TypeError(f'{name}={value!r} is no number')
-        if ratio <= 0 or int(channels / ratio) < 1:
+        if hidden is not None and (type(hidden) is not int or hidden < 1):
+            raise ValueError(f'hidden={hidden!r} is no number of channels: use 1 or more')
+        if hidden is None and (ratio <= 0 or int(channels / ratio) < 1):
             raise ValueError(
                 f'ratio={ratio} leaves no channel of {channels}: use a ratio above 0 and at most '
                 f'{channels}'
             )
         if kernel_size % 2 == 0:
             raise ValueError(f'kernel_size={kernel_size} shifts the map by half a pixel: use odd')
-        hidden = int(channels / ratio)
+        hidden = hidden or int(channels / ratio)
         self.zero_init = zero_init
         # A normalization right after a convolution makes its bias redundant.
         bias = norm_cfg is None
