@@ -22,6 +22,15 @@ BACKBONES = ('backbone', 'image_encoder')
 NESTED = ('module', 'detector')
 """Keys of ``model`` under which a whole model sits: test-time augmentation, semi-supervision."""
 
+WHOLE_MODELS = {
+    'TimmClassifier': "TimmClassifier is one network: use ImageClassifier with type='TIMMBackbone'",
+    'HuggingFaceClassifier': (
+        'HuggingFaceClassifier is one network: use ImageClassifier with the backbone of MMPretrain '
+        'or timm that has this architecture'
+    ),
+}
+"""Models without a backbone of their own, and what to use instead."""
+
 _SHIPPED = Path(__file__).parent / '.mim'
 
 
@@ -55,10 +64,9 @@ def protune_config(cfg: Config, **options: Any) -> Config:
         raise ValueError(f"option '{unknown[0]}' is unknown: known are {', '.join(OPTIONS)}")
     backbones = [backbone for _, backbone in config_backbones(cfg)]
     if not backbones:
-        raise ValueError(
-            f'{cfg.filename or "the config"} has no model.backbone with a type: there is nothing '
-            'to Pro-tune'
-        )
+        kind = str((cfg.get('model') or {}).get('type', '')).rpartition('.')[2]
+        why = WHOLE_MODELS.get(kind, 'there is nothing to Pro-tune')
+        raise ValueError(f'{cfg.filename or "the config"} has no model.backbone with a type: {why}')
     for backbone in backbones:
         if _is_protuned(backbone['type']):
             _same_options(backbone, options)

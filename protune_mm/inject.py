@@ -32,7 +32,7 @@ from .lean import lean_options, make_lean
 from .policies import blocks_of, check_policy, keeps_lean_layers, parameters_of
 from .probe import PROBE_SIZE, probe_channels, probe_layers
 from .registry import PROMPTS
-from .stages import Family, Stage, find_family, known_families, refusal
+from .stages import Family, Stage, find_family, is_theirs, known_families, refusal
 from .subclass import add_mixin, stock_type
 
 DEFAULT_PROMPT = dict(type='ProTuningBlock', ratio=8, last='residual', extra_tokens='map')
@@ -108,12 +108,11 @@ def protune(
     if policy == 'full':
         return module
     sites = _sites(module, options) if policy == 'prompts' else []
-    family = find_family(stock_type(module))
     parameters = parameters_of(policy, module)
-    blocks = blocks_of(policy, module, family.split(module) if family else [])
+    blocks = blocks_of(policy, module, stage_table(module, named=not policy.startswith('last')))
     # Everything that can fail on bad input is done before the module is touched.
     prompts = _build_prompts(module, sites, options, _names_ratio(prompt))
-    likes = [_home(module.get_submodule(site.block)) for site in sites]
+    likes = [_home(module.get_submodule(site.block), module) for site in sites]
     # Some stock layers prepare what evaluation needs when they are told of it.
     mode = module.training
     module.train(False)
@@ -215,9 +214,9 @@ def _prompt_class(config: dict) -> type[nn.Module]:
     return cls
 
 
-def _home(block: nn.Module) -> dict:
-    """Device and dtype of a block's weights, for its prompt."""
-    like = next(block.parameters(), None)
+def _home(block: nn.Module, module: nn.Module) -> dict:
+    """Device and dtype of a block's weights, for its prompt; else of the backbone's first."""
+    like = next(block.parameters(), next(module.parameters(), None))
     if like is None:
         return {}
     return dict(device=like.device, dtype=like.dtype if like.is_floating_point() else None)
@@ -244,26 +243,67 @@ def _attach(module: nn.Module, site: Site, prompt: nn.Module) -> None:
         add_mixin(embedding, PatchGrid)
 
 
+def stage_table(module: nn.Module, named: bool = False) -> list[Stage]:
+    """The stages of a backbone by the stage table; none where the table does not know it.
+
+    Args:
+        module: the backbone.
+        named: stages are named, so that a class from outside the libraries need not fit the row
+            of its parent.
+
+    Raises:
+        ValueError: a class from outside the libraries lacks what the row of its parent reads.
+    """
+    family = find_family(stock_type(module))
+    if family is None:
+        return []
+    try:
+        return family.split(module)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        if is_theirs(stock_type(module)):
+            raise
+        if named:
+            return []
+        raise ValueError(
+            f'{type(module).__name__} is a {family.name}, but not in its stages ({error}): name '
+            "them, stages=['layer1', ...]"
+        ) from error
+
+
+def _no_stages(module: nn.Module, family: Family | None) -> str:
+    """Why a backbone has no stages, and what to do."""
+    if family is None:
+        return (
+            f'is of no known backbone family ({known_families()}): name its stages, '
+            "stages=['layer1', ...], or add a row: docs/add_a_backbone.md"
+        )
+    key, _ = family.unread(module)
+    if key:
+        return (
+            f'has no stage that {key}={getattr(module, key)} reads: choose later outputs, or '
+            "policy='head-only'"
+        )
+    return (
+        "tells no stages: name its stages, stages=['layer1', ...], or add a row: "
+        'docs/add_a_backbone.md'
+    )
+
+
 def _sites(module: nn.Module, options: Options) -> list[Site]:
     """Where prompts go, in the order of the forward pass."""
     family = find_family(stock_type(module))
-    table = family.split(module) if family else []
+    table = stage_table(module, named=isinstance(options.stages, list | tuple))
     if not table and not isinstance(options.stages, list | tuple):
-        why = (
-            'tells no stages' if family else f'is of no known backbone family ({known_families()})'
-        )
-        raise ValueError(
-            f"{type(module).__name__} {why}: name its stages, stages=['layer1', ...], or add a "
-            'row: docs/add_a_backbone.md'
-        )
-    named = {stage.name for stage in table}
-    unread = [name for name in (family.every(module) if family else []) if name not in named]
-    if unread and options.stages in (None, 'blocks'):
-        print_log(
-            f'{type(module).__name__}: no prompt after {", ".join(unread)}: out_indices='
-            f'{module.out_indices} reads nothing from there',
-            logger='current',
-        )
+        raise ValueError(f'{type(module).__name__} {_no_stages(module, family)}')
+    if table and options.stages in (None, 'blocks'):
+        key, unread = family.unread(module)
+        if unread:
+            names = ', '.join(unread) if len(unread) < 5 else f'{unread[0]} to {unread[-1]}'
+            print_log(
+                f'{type(module).__name__}: no prompt after {names}: {key}={getattr(module, key)} '
+                'reads nothing from there',
+                logger='current',
+            )
     kind = _prompt_class(options.prompt)
     where = getattr(kind, 'where', 'stages')
     if where == 'layers':
@@ -271,14 +311,20 @@ def _sites(module: nn.Module, options: Options) -> list[Site]:
     wanted = 'blocks' if where == 'blocks' and options.stages is None else options.stages
     chosen = _choose(module, table, wanted)
     last_block = table[-1].blocks[-1] if table else chosen[-1][1]
-    known = bool(table)
     reachable = {block for stage in table for block in stage.blocks}
     sites = []
     for name, path in chosen:
         block = module.get_submodule(path)
+        if isinstance(block, PromptedBlock):
+            raise ValueError(
+                f"'{path}' has a prompt already: {type(module).__name__} shares it with a backbone "
+                'that is Pro-tuned; Pro-tune one of them'
+            )
         if hasattr(block, 'prompt'):
             raise ValueError(f"'{path}' has an attribute 'prompt' already: choose another block")
-        if known and path not in reachable:
+        # What a user's own class adds is in no table.
+        known = path in reachable
+        if table and not known and is_theirs(stock_type(module)):
             raise ValueError(
                 f"stage '{name}' of {type(module).__name__} is none whose output reaches what the "
                 f'backbone returns: choose from {", ".join(stage.name for stage in table)}, or '
@@ -308,7 +354,7 @@ def _sites(module: nn.Module, options: Options) -> list[Site]:
         )
     unknown = [site for site in sites if site.channels == 0]
     if unknown:
-        native = (family.native(module) if family else None) or PROBE_SIZE
+        native = (family.native(module) if table else None) or PROBE_SIZE
         found = probe_channels(module, unknown, native)
         sites = [replace(s, channels=found.get(s.block, s.channels)) for s in sites]
     return sites

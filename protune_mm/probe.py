@@ -116,11 +116,12 @@ def run_on_ghost(
     state = itertools.chain(module.named_parameters(), module.named_buffers())
     # On the CPU, whatever the device of the weights: fake CUDA tensors need a CUDA device.
     ghost = {name: fake.from_tensor(t.detach().to('meta')).to('cpu') for name, t in state}
+    dtype = next((t.dtype for t in module.parameters() if t.is_floating_point()), None)
     try:
         for m in before:
             m.training = False
         with fake, torch.no_grad(), watch or contextlib.nullcontext():
-            return functional_call(module, ghost, (torch.empty(1, 3, *size),))
+            return functional_call(module, ghost, (torch.empty(1, 3, *size, dtype=dtype),))
     except Exception as error:
         raise ValueError(
             f'{type(module).__name__} failed on a probe image of shape {(1, 3, *size)}, so the '

@@ -147,6 +147,12 @@ def test_configs():
         protune_mm.protune_config(Config(dict(model=dict(type='X'))))
     with pytest.raises(ValueError, match=r'has no model\.backbone'):
         protune_mm.protune_config(Config(dict()))
+    for kind, instead in (
+        ('TimmClassifier', "with type='TIMMBackbone'"),
+        ('mmpretrain.HuggingFaceClassifier', 'with the backbone of MMPretrain or timm'),
+    ):
+        with pytest.raises(ValueError, match=f'is one network: use ImageClassifier {instead}'):
+            protune_mm.protune_config(Config(dict(model=dict(type=kind))))
     cfg = protune_mm.load_config(STOCK, protune=True, prompt=dict(ratio=4))
     before = cfg.dump()
     protune_mm.protune_config(cfg)

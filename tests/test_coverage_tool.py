@@ -2,7 +2,12 @@
 
 import json
 
-from tests.conftest import run_tool
+import pytest
+import torch
+from mmengine.registry import DefaultScope
+
+import protune_mm
+from tests.conftest import ROOT, run_tool
 
 CONFIGS = (
     'mmpretrain::shufflenet_v2/shufflenet-v2-1x_16xb64_in1k.py',
@@ -17,7 +22,7 @@ def run(folder, *more):
 
 def test_a_sample_of_configs(tmp_path):
     done = run(tmp_path)
-    results = tmp_path / 'results.jsonl'
+    (results,) = tmp_path.rglob('results.jsonl')
     rows = [json.loads(line) for line in results.read_text().splitlines()]
     kinds = {kind: [r for r in rows if r['key'].startswith(kind)] for kind in ('config', 'build')}
     assert len(kinds['config']) == 2
@@ -42,3 +47,83 @@ def test_a_sample_of_configs(tmp_path):
         '[1/1,'
     )
     assert run(tmp_path, '--table').stdout.count('ImageClassifier') == 1
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+    from stock_configs import backbones, steps, table
+
+    return {'backbones': backbones, 'steps': steps, 'table': table}
+
+
+RESNET = dict(type='mmdet.ResNet', depth=18, base_channels=8)
+CONVNEXT = dict(
+    type='mmpretrain.ConvNeXt', arch=dict(depths=[1, 1, 1, 1], channels=[8, 16, 32, 64])
+)
+
+
+def test_a_wrong_fold_of_batch_norms_is_noticed(tool, monkeypatch):
+    from protune_mm.lean import layers
+
+    stock = layers.affine
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        assert tool['backbones'].check(RESNET)[0] == ''
+        for change in (lambda s, b: (s, b * 0), lambda s, b: (s / s.abs() * s.abs().mean(), b)):
+            monkeypatch.setattr(layers, 'affine', lambda norm, c=change: c(*stock(norm)))
+            assert 'lean layers differ by' in tool['backbones'].check(RESNET)[0]
+
+
+def test_every_block_matters_to_what_is_compared(tool):
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        stock = tool['backbones'].stock_backbone(CONVNEXT)
+    x, expected = tool['backbones'].picture(stock, 3)
+    for i in range(4):
+        block = stock.stages[i][0]
+        block.act = torch.nn.Identity()
+        with torch.no_grad():
+            found = tool['backbones'].run(stock, x)
+        assert tool['backbones'].difference(expected, found) > 1e-3
+        expected = found
+
+
+def test_a_frozen_weight_that_moves_is_noticed(tool, monkeypatch):
+    backbones = tool['backbones']
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        tuned = protune_mm.protune(backbones.stock_backbone(RESNET)).train()
+        tuned.conv1.weight.requires_grad_()
+        (problem, *_) = backbones.check_training(tuned, torch.randn(1, 3, 64, 96))
+    assert problem == 'a gradient at conv1.weight, which is frozen'
+
+
+@pytest.mark.parametrize(
+    ('tuned', 'stock', 'status'),
+    [
+        (['KeyError: a', ''], ['KeyError: a', ''], 'ok'),
+        # A batch with which stock trains and the Pro-tuned model does not.
+        (['KeyError: a', ''], [''], 'failed'),
+        (['KeyError: a', 'KeyError: b'], ['KeyError: a', 'KeyError: b'], 'stock fails'),
+        (['no gradient at x.prompt.up.weight'], ['KeyError: a'], 'failed'),
+        (['frozen and moved: conv1.weight'], ['KeyError: a'], 'failed'),
+        (['the loss is nan', ''], ['', ''], 'failed'),
+    ],
+)
+def test_a_step_fails_as_stock_only_where_stock_fails_too(tool, tuned, stock, status):
+    assert tool['steps'].verdict(tuned, stock)[0] == status
+
+
+def test_what_was_not_run_is_not_ok(tool):
+    item = dict(name='model.backbone', type='ResNet', structure=dict(depth=18))
+    config = dict(
+        key='config mmdet::a.py', status='read', reason='', library='mmdet', file='mmdet::a.py',
+        model=dict(type='M'), model_type='M', backbones=[item],
+    )  # fmt: skip
+    build = dict(key='build mmdet::a.py', status='ok', reason='', file='mmdet::a.py')
+    check = dict(key='backbone mmdet::a.py model.backbone', status='ok', reason='', type='ResNet',
+                 structure=dict(depth=18), prompts=0.01)  # fmt: skip
+    for rows in ([config], [config, build], [config, check]):
+        assert not tool['table'].complete(rows)
+        assert '1 configs: 0 ok (0.0%)' in tool['table'].table(rows)
+        assert '1 not run yet' in tool['table'].table(rows)
+    assert tool['table'].complete([config, build, check])
+    assert '1 configs: 1 ok (100.0%)' in tool['table'].table([config, build, check])

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from mmdet.models.backbones import ResNet
+from mmengine.model import BaseModule
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
@@ -151,19 +152,42 @@ def test_rows_have_names_and_examples_of_their_own():
     assert all(family.examples for family in FAMILIES)
 
 
-@pytest.mark.parametrize(
-    'config',
-    [
-        dict(base='mmdet.ResNet', depth=18, out_indices=(0, 1)),
-        dict(base='mmdet.SwinTransformer', depths=(1, 1, 1, 1), out_indices=(0, 1)),
-    ],
-)
-def test_one_line_tells_of_stages_that_nobody_reads(config, log):
-    MODELS.build(dict(type='protune_mm.ProTuned', **config))
+OUTPUTS = ('out_indices', 'out_indice', 'out_scales')
+"""Spellings of the argument that chooses outputs."""
+
+
+@every
+def test_one_line_tells_of_stages_that_nobody_reads(library, family, log):
+    stock = build_stock(library, family)
+    key = next((key for key in OUTPUTS if key in vars(stock)), None)
+    if key is None or family.head(stock) or family.name == 'SSDVGG':
+        pytest.skip('it always returns the same outputs, or a classifier reads the last')
+    argument = 'out_scales' if key == 'out_scales' else 'out_indices'
+    kind = list if family.name == 'HiViT' else tuple
+    # The first output that can be read alone.
+    for first in range(20):
+        message = ''
+        try:
+            few = build_protuned(library, family, **{argument: kind((first,))})
+            break
+        except ValueError as error:
+            message = str(error)
+        except AssertionError:
+            assert family.name in LAST_ONLY
+            return
+        assert f'has no stage that {key}=' in message
     lines = [line for line in log.text.splitlines() if 'no prompt after' in line]
-    assert len(lines) == 1
-    assert 'out_indices=(0, 1) reads nothing from there' in lines[0]
-    assert 'layer3, layer4' in lines[0] or 'stages.2, stages.3' in lines[0]
+    if family.name in LAST_ONLY or (library, family.name) in NOTHING_LATER:
+        assert not lines
+    else:
+        assert len(lines) == 1
+        assert f'{key}={getattr(few, key)} reads nothing from there' in lines[0]
+
+
+LAST_ONLY = ('HiViT', 'MixMIMTransformer', 'MlpMixer', 'RevVisionTransformer', 'TNT')
+"""Backbones that return their last output only, whatever is asked for."""
+NOTHING_LATER = (('mmseg', 'BiSeNetV1'), ('mmseg', 'BiSeNetV2'), ('mmdet', 'EfficientNet'))
+"""The first output joins all paths; or what nobody reads is not built."""
 
 
 REASONS = {
@@ -217,6 +241,56 @@ def test_a_subclass_of_a_users_project_that_goes_around_its_block():
     tuned(torch.randn(1, 3, 64, 96))[0].mean().backward()
     with pytest.raises(RuntimeError, match=r"'layer2\.1\.prompt.*' got no gradient in the first"):
         guard.after_train_iter(runner)
+
+
+def test_a_subclass_with_a_stage_of_its_own():
+    class Five(ResNet):
+        def __init__(self):
+            super().__init__(18)
+            self.layer5 = nn.Sequential(nn.Conv2d(512, 24, 1), nn.BatchNorm2d(24))
+
+        def forward(self, x):
+            return self.layer5(super().forward(x)[-1])
+
+    tuned = protune_mm.protune(Five(), stages=['layer4', 'layer5'])
+    assert list(prompts(tuned)) == ['layer4.1.prompt', 'layer5.1.prompt']
+    move_prompts(tuned)
+    tuned(torch.randn(1, 3, 64, 96)).mean().backward()
+    assert all(p.grad is not None for p in protune_mm.tuned_parameters(tuned).values())
+
+
+def test_a_subclass_without_the_stages_of_its_parent():
+    class Bare(ResNet):
+        """Its own layers only; what the stock training mode asks for is there."""
+
+        frozen_stages, norm_eval, deep_stem, norm1_name = -1, False, False, 'a'
+
+        def __init__(self):
+            BaseModule.__init__(self)
+            self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3)
+
+        def forward(self, x):
+            return self.b(self.a(x))
+
+    with pytest.raises(ValueError, match=r'Bare is a ResNet, but not in its stages .*name them'):
+        protune_mm.protune(Bare())
+    tuned = protune_mm.protune(Bare(), stages=['a', 'b'])
+    assert list(prompts(tuned)) == ['a.prompt', 'b.prompt']
+    tuned(torch.randn(1, 3, 64, 96)).mean().backward()
+
+
+def test_two_backbones_that_share_a_stage():
+    one, two = ResNet(18), ResNet(18)
+    two.layer1 = one.layer1
+    protune_mm.protune(one)
+    with pytest.raises(ValueError, match=r"'layer1\.1' has a prompt already: ResNet shares it"):
+        protune_mm.protune(two)
+
+
+def test_prompts_of_blocks_without_weights_have_the_dtype_of_the_backbone():
+    config = dict(type='mmdet.SSDVGG', depth=11, out_feature_indices=(14, 24))
+    tuned = protune_mm.protune(MODELS.build(config).double())
+    assert {p.dtype for p in protune_mm.tuned_parameters(tuned).values()} == {torch.float64}
 
 
 def test_a_backbone_that_a_model_has_twice():

@@ -87,3 +87,20 @@ def test_a_timm_backbone_that_tells_no_stages(name):
     more = FEATURES if name.startswith('hrnet') else {}
     with pytest.raises(ValueError, match=r'TIMMBackbone tells no stages: name its stages'):
         wrapped(name, True, **more)
+
+
+@pytest.mark.parametrize(
+    ('name', 'what'),
+    [
+        ('volo_d1_224', 'VOLO returns channels last'),
+        ('hiera_tiny_224', 'Hiera keeps its tokens in the order of its mask units'),
+        ('tnt_s_patch16_224', 'TNT hands pixels and patches on'),
+        ('pit_ti_224', 'PoolingVisionTransformer hands maps and class tokens on'),
+        ('selecsls42', 'SelecSls hands lists of maps on'),
+        ('samvit_base_patch16', 'VisionTransformerSAM returns channels last'),
+        ('naflexvit_base_patch16_gap', 'NaFlexVit takes patches of any grid'),
+    ],
+)
+def test_a_timm_backbone_with_no_place_for_prompts(name, what):
+    with pytest.raises(ValueError, match=f'TIMMBackbone: {what}'):
+        wrapped(name, True)

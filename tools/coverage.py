@@ -7,7 +7,8 @@
 For each config: does the rewritten config build? For each distinct backbone: outputs at the start,
 gradients, freeze, lean layers, size of the prompts. For each type of model: a training step. Writes
 a JSON line a job into --work-dir, and docs/coverage.md. A run that was stopped goes on where it
-was. requirements/coverage.txt has what some stock models import beyond the libraries.
+was, unless the code changed. requirements/coverage.txt has what some stock models import beyond the
+libraries.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ if __name__ not in ('__main__', '__mp_main__'):
     raise ImportError('this is a tool, not the package `coverage`')
 
 import argparse
+import hashlib
 import os
 import sys
 from pathlib import Path
@@ -26,9 +28,12 @@ from stock_configs.backbones import try_backbone
 from stock_configs.building import try_config
 from stock_configs.reading import config_files, digest, file_of, read_config, result
 from stock_configs.steps import try_step
-from stock_configs.table import PRETRAINING, table
+from stock_configs.table import PRETRAINING, complete, table
 
+import protune_mm
 from protune_mm.stages import LIBRARIES
+
+TOOLS = Path(__file__).parent
 
 ATTEMPTS = 5
 """Configs of one type of model whose training step is tried until one runs."""
@@ -36,7 +41,8 @@ ATTEMPTS = 5
 
 def main() -> None:
     args = parse_args()
-    folder = Path(args.work_dir)
+    # Results of other code are no results.
+    folder = Path(args.work_dir) / code_digest()
     folder.mkdir(parents=True, exist_ok=True)
     results = Results(folder / 'results.jsonl', args.jobs, failure)
     libraries = [args.library] if args.library else LIBRARIES
@@ -47,6 +53,8 @@ def main() -> None:
     text = table(rows)
     print(text)
     if not (args.library or args.backbone or args.sample or args.config):
+        if not complete(rows):
+            sys.exit(f'{folder} does not hold all results: {args.out} stays as it is')
         Path(args.out).write_text(text)
         print(f'wrote {args.out}')
     sys.exit(any(row['status'] == 'failed' for row in rows))
@@ -99,6 +107,16 @@ def run(files: list[str], backbone: str | None, results: Results) -> list[dict]:
             if queue and row['status'] == 'stock fails'
         }
     return rows + configs
+
+
+def code_digest() -> str:
+    """Changes with the code that is tried and the code that tries it."""
+    files = [
+        *Path(protune_mm.__file__).parent.rglob('*.py'),
+        *(TOOLS / 'stock_configs').glob('*.py'),
+    ]
+    joined = b''.join(path.read_bytes() for path in sorted(files))
+    return hashlib.sha1(joined).hexdigest()[:12]
 
 
 def failure(key: str, reason: str) -> dict:

@@ -13,7 +13,10 @@ from .refused import REFUSED
 from .tokens import TOKENS
 from .wrapped import WRAPPED
 
-__all__ = ['FAMILIES', 'LIBRARIES', 'Family', 'Stage', 'find_family', 'known_families', 'refusal']
+__all__ = [
+    'FAMILIES', 'LIBRARIES', 'Family', 'Stage', 'find_family', 'is_theirs', 'known_families',
+    'refusal',
+]  # fmt: skip
 
 LIBRARIES = ('mmdet', 'mmseg', 'mmpretrain')
 FAMILIES: tuple[Family, ...] = (*MAPS, *TOKENS, *PATHS, *WRAPPED)
@@ -33,7 +36,7 @@ def find_family(backbone_type: type) -> Family | None:
     """
     rows = {family.name: family for family in FAMILIES}
     for parent in backbone_type.__mro__:
-        if _is_theirs(parent) and '.backbones.' in parent.__module__ and parent.__name__ in rows:
+        if is_theirs(parent) and '.backbones.' in parent.__module__ and parent.__name__ in rows:
             return rows[parent.__name__]
     return None
 
@@ -41,7 +44,7 @@ def find_family(backbone_type: type) -> Family | None:
 def refusal(backbone_type: type) -> str | None:
     """Why a backbone class, or a parent of it, cannot be Pro-tuned; None where it can."""
     for parent in backbone_type.__mro__:
-        if _is_theirs(parent) and parent.__name__ in REFUSED:
+        if is_theirs(parent) and parent.__name__ in REFUSED:
             return REFUSED[parent.__name__]
     return None
 
@@ -51,5 +54,6 @@ def known_families() -> str:
     return ', '.join(family.name for family in FAMILIES)
 
 
-def _is_theirs(kind: type) -> bool:
+def is_theirs(kind: type) -> bool:
+    """Whether a class is of one of the three libraries."""
     return kind.__module__.split('.')[0] in LIBRARIES

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -16,6 +17,12 @@ class Stage:
 
     name: str
     blocks: tuple[str, ...]
+
+
+OUTPUTS = ('out_indices', 'out_indice', 'out_scales')
+"""Spellings of the attribute that chooses what a backbone returns."""
+MOST_OUTPUTS = 64
+"""More than any backbone has."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +44,6 @@ class Family:
         head: names of the submodules that are a classifier rather than a backbone; they train.
         forks: names of the submodules whose ``forward`` has another structure while training
             ('' is the backbone): their ``training`` follows the mode, their children's does not.
-        every: names of all stages, also of those whose output reaches nothing that the backbone
-            returns; for a message. Default: not known.
         image: channels, height and width of an image that the examples accept.
         native: height and width of images that a backbone accepts, in pixels; None: any.
         requires: a library that the row's backbones need beyond their own.
@@ -54,7 +59,6 @@ class Family:
     embedding: str | Callable[[nn.Module], str] = 'patch_embed'
     head: Callable[[nn.Module], list[str]] = lambda backbone: []
     forks: Callable[[nn.Module], list[str]] = lambda backbone: []
-    every: Callable[[nn.Module], list[str]] = lambda backbone: []
     image: tuple[int, int, int] = (3, 64, 96)
     native: Callable[[nn.Module], tuple[int, int] | None] = lambda backbone: None
     requires: str = ''
@@ -62,6 +66,38 @@ class Family:
     def layout_of(self, backbone: nn.Module, block: nn.Module) -> Layout:
         """What one block returns."""
         return self.layout(backbone, block) if callable(self.layout) else self.layout
+
+    def unread(self, backbone: nn.Module) -> tuple[str, list[str]]:
+        """What follows the last stage whose output reaches what a backbone returns.
+
+        Returns:
+            tuple: name of the attribute that chooses the outputs ('' where none does), and names
+            of the stages that would follow if it chose all.
+        """
+        key = next((k for k in OUTPUTS if k in vars(backbone)), '')
+        if not key:
+            return '', []
+        read = {block for stage in self.split(backbone) for block in stage.blocks}
+        whole = self._whole(backbone, key)
+        flat = [block for stage in whole for block in stage.blocks]
+        end = max((i for i, block in enumerate(flat) if block in read), default=-1)
+        return key, [s.name for s in whole if flat.index(s.blocks[-1]) > end]
+
+    def _whole(self, backbone: nn.Module, key: str) -> list[Stage]:
+        """The stages as they were if all outputs were read."""
+        chosen = getattr(backbone, key)
+        try:
+            for count in range(MOST_OUTPUTS, 0, -1):
+                setattr(backbone, key, tuple(range(count)))
+                # Some rules do not mind that there are fewer stages, some do.
+                with contextlib.suppress(AttributeError, IndexError, KeyError):
+                    stages = self.split(backbone)
+                    for stage in stages:
+                        backbone.get_submodule(stage.blocks[-1])
+                    return stages
+            return []
+        finally:
+            setattr(backbone, key, chosen)
 
     def embedding_of(self, backbone: nn.Module) -> str:
         """Dotted name of what knows the patch grid."""
@@ -111,11 +147,6 @@ def stage_lists(stages: str = 'stages', blocks: str = '') -> Callable[[nn.Module
         ]
 
     return split
-
-
-def listed(stages: str = 'stages') -> Callable[[nn.Module], list[str]]:
-    """Names of all stages in a list."""
-    return lambda backbone: [f'{stages}.{i}' for i in range(len(backbone.get_submodule(stages)))]
 
 
 def even_ends(count: int, chosen: int | Iterable[int] | None) -> list[tuple[int, int]]:

@@ -13,7 +13,6 @@ from .family import (
     containers,
     default_scale,
     inverted_channels,
-    listed,
     out_channels,
     plain,
     residual_channels,
@@ -308,7 +307,6 @@ MAPS: tuple[Family, ...] = (
         'ResNet',
         split=_resnet,
         channels=residual_channels,
-        every=lambda backbone: list(backbone.res_layers),
         layout=Maps(),
         examples=dict(
             mmdet=dict(type='ResNet', depth=18, base_channels=8, norm_eval=False),
@@ -386,7 +384,6 @@ MAPS: tuple[Family, ...] = (
         'ConvNeXt',
         split=stage_lists(),
         channels=lambda block: block.depthwise_conv.in_channels,
-        every=listed(),
         layout=Maps(),
         examples=dict(
             mmpretrain=dict(

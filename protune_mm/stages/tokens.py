@@ -23,7 +23,6 @@ from .family import (
     even_ends,
     feedforward_dims,
     indices,
-    listed,
     plain,
     stage_lists,
 )
@@ -179,7 +178,6 @@ TOKENS: tuple[Family, ...] = (
         'SwinTransformer',
         split=stage_lists(blocks='.blocks'),
         channels=feedforward_dims,
-        every=listed(),
         layout=Tokens(grid_argument=True),
         examples=dict(
             mmdet=_SWIN_MM,
@@ -191,7 +189,6 @@ TOKENS: tuple[Family, ...] = (
         'SwinTransformerV2',
         split=stage_lists(blocks='.blocks'),
         channels=feedforward_dims,
-        every=listed(),
         layout=Tokens(grid_argument=True),
         examples=dict(
             mmpretrain=dict(

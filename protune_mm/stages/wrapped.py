@@ -22,8 +22,25 @@ def _features(backbone: nn.Module) -> tuple[str, nn.Module, list[dict], Sequence
     return prefix, net, info, read
 
 
+_ODD = {
+    'Hiera': 'keeps its tokens in the order of its mask units',
+    'NaFlexVit': 'takes patches of any grid',
+    'PoolingVisionTransformer': 'hands maps and class tokens on as pairs',
+    'SelecSls': 'hands lists of maps on',
+    'TNT': 'hands pixels and patches on as pairs',
+    'VOLO': 'returns channels last from its blocks',
+    'VisionTransformerSAM': 'returns channels last from its blocks',
+}
+"""Networks of timm between whose blocks goes something that a prompt cannot take; and what."""
+
+
 def _timm(backbone: nn.Module) -> list[Stage]:
     prefix, net, info, read = _features(backbone)
+    kind = type(net).__name__
+    if kind in _ODD:
+        raise ValueError(
+            f"TIMMBackbone: {kind} {_ODD[kind]}, so prompts have no place: use policy='head-only'"
+        )
     modules = dict(net.named_modules())
     last = len(info) - 1 if read is None else max((i % len(info) for i in read), default=-1)
     # timm flattens the containers of some networks whose features it returns.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import traceback
 from types import SimpleNamespace
 
@@ -27,19 +28,38 @@ def try_step(key: str) -> dict:
     """Train the Pro-tuned model of one config; where that fails, the stock model.
 
     Two steps, as behind a zero start gradients arrive in the second only: the loss is finite,
-    every prompt receives a gradient, and no frozen bit moves.
+    every prompt receives a gradient, and no frozen bit moves. "stock fails": with each kind of
+    data with which the Pro-tuned model raises an error, the stock model does too.
     """
     file = file_of(key)
-    problem = step(file, protune=True)
-    if not problem:
+    tuned = attempts(file, protune=True)
+    if tuned == ['']:
         return result(key, 'ok', file=file)
-    if step(file, protune=False):
-        return result(key, 'stock fails', problem.splitlines()[0], file=file)
-    return result(key, 'failed', problem, file=file)
+    stock = attempts(file, protune=False)
+    return result(key, *verdict(tuned, stock), file=file)
 
 
-def step(file: str, protune: bool) -> str:
-    """What went wrong, with every kind of generated data; '' if one of them trains."""
+def verdict(tuned: list[str], stock: list[str]) -> tuple[str, str]:
+    """Status and reason, from what went wrong with each kind of data, '' where it trained."""
+    for problem, theirs in itertools.zip_longest(tuned, stock):
+        # The stock model stops at data that train it, and has nothing to tell of prompts.
+        if problem and not theirs:
+            return 'failed', problem
+        if problem and problem.startswith(OURS):
+            return 'failed', problem
+        if problem == '':
+            return 'ok', ''
+    # Some models say that they do not train; else what the usual data met.
+    why = next((p for p in tuned if p.startswith('NotImplementedError')), tuned[0])
+    return 'stock fails', why.splitlines()[0]
+
+
+OURS = ('no gradient at', 'frozen and moved:')
+"""Problems that a stock model cannot have."""
+
+
+def attempts(file: str, protune: bool) -> list[str]:
+    """What went wrong with each kind of generated data, up to the first that trains, ''."""
     cfg = adapt(load(file, protune))
     try:
         torch.manual_seed(0)
@@ -55,17 +75,18 @@ def step(file: str, protune: bool) -> str:
                 parameter.data.normal_(0, 0.01)
         model.train()
     except Exception as error:
-        return short(error)
+        return [short(error)]
     problems = []
     scope = scope_name(cfg, file)
     for data in batches(scope):
         try:
             with scope_of(scope):
-                return train(model, data)
+                problems.append(train(model, data))
         except Exception as error:
             problems.append(f'{short(error)}\n{traceback.format_exc(limit=-4)}')
-    # Some models say that they do not train; else what the usual data met.
-    return next((p for p in problems if p.startswith('NotImplementedError')), problems[0])
+        if not problems[-1] or problems[-1].startswith(OURS):
+            break
+    return problems
 
 
 def train(model: nn.Module, data: dict) -> str:
@@ -94,5 +115,5 @@ def train(model: nn.Module, data: dict) -> str:
         return f'the loss is {loss.item()}'
     moved = [n for n, t in frozen_tensors(model) if not torch.equal(t, before[n])]
     if moved:
-        return f'{moved[0]} moved'
+        return f'frozen and moved: {moved[0]}'
     return f'no gradient at {min(lost)}' if lost else ''
