@@ -104,7 +104,10 @@ class ProTuneOptimWrapperConstructor:
         decayed, plain = [], []
         for parameter in tuned_parameters(model).values():
             if parameter.requires_grad:
-                (plain if parameter.ndim <= 1 else decayed).append(parameter)
+                # A scale for each channel may have the shape (C, 1, 1).
+                shape = tuple(parameter.shape)
+                scale = parameter.ndim <= 1 or (parameter.ndim == 3 and shape[1:] == (1, 1))
+                (plain if scale else decayed).append(parameter)
         config = self.optim_wrapper_cfg['optimizer']
         shared = {}
         if config.get('lr') is not None:

@@ -58,6 +58,16 @@ def test_holds_exactly_what_trains(rules, log):
     assert all(p.numel() for p in model.parameters()), 'the model is whole again'
 
 
+@pytest.mark.parametrize('kind', ['ConvAdapter', 'Mona', 'LoRand'])
+def test_scales_of_channels_do_not_decay(kind):
+    model = Model(resnet(prompt=dict(type=kind)))
+    found = groups(model, dict(optimizer=SGD))
+    for name, parameter in protune_mm.tuned_parameters(model).items():
+        last = name.rpartition('.')[2]
+        scale = last in ('alpha', 'scale', 'norm_scale') or parameter.ndim == 1
+        assert found[name]['weight_decay'] == (0.0 if scale else 1e-2), name
+
+
 @pytest.mark.parametrize('rules', RULES)
 def test_prompts_have_the_base_rate_and_decay_on_weights_only(rules):
     model = Model(resnet(prompt=dict(norm_cfg=dict(type='BN'), learnable_scale=True)))

@@ -176,3 +176,15 @@ def test_places():
         pair(library, family, prompt=dict(type='LoRA', last='series'))
     with pytest.raises(ValueError, match=r"prompt.type='LoRA' finds no layer"):
         pair(library, family, prompt=dict(type='LoRA', layers=('nothing',)))
+
+
+def test_lora_says_that_it_passes_multihead_attention_by(log):
+    from mmseg.models.backbones import VisionTransformer
+
+    stock = VisionTransformer(
+        img_size=32, embed_dims=32, num_layers=2, num_heads=2, out_indices=(0, 1)
+    )
+    tuned = protune_mm.protune(stock, prompt=dict(type='LoRA', rank=2))
+    assert 'LoRA: TransformerEncoderLayer has nn.MultiheadAttention' in log.text
+    assert prompts(tuned)
+    assert not any('attn' in name for name in prompts(tuned))

@@ -130,6 +130,16 @@ def test_budget_zero_is_clean_and_a_larger_budget_never_helps(classifier, attack
     assert not any(p.grad is not None for p in classifier.backbone.conv1.parameters())
 
 
+@pytest.mark.parametrize('attack', ['fgsm', 'pgd'])
+def test_attacks_are_the_same_each_time(classifier, attack):
+    found = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        found.append(robust_accuracy(classifier, batches(classifier), attack, [0.002, 0.004]))
+        assert torch.initial_seed() == seed
+    assert found[0] == found[1]
+
+
 def test_an_attack_stays_within_its_budget(classifier):
     batch = next(batches(classifier))
     pixels = torch.stack(batch['inputs']).float() / 255
@@ -187,6 +197,15 @@ def test_a_class_map(folder, tmp_path):
         ):
             with pytest.raises(ValueError, match=message):
                 ClassMap(folder, ['x', 'y', 'z'], classes)
+        for target, classes, message in (
+            (['x', 'y'], 'indices', "classes='indices': 'a' is no position among the 2"),
+            (['x', 'y'], 'index', "classes='index' is unknown: use 'indices'"),
+            ('nowhere/train', None, "target='nowhere/train' is no folder"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                ClassMap(folder, target, classes)
+        lazy = ClassMap(dict(folder, lazy_init=True), ['x', 'a'], lazy_init=True)
+        assert len(lazy) == 3
         same = ClassMap(folder, ['z', 'b', 'y'])
         assert {same.get_data_info(i)['gt_label'] for i in range(len(same))} == {1}
         for name in ('n2', 'n1', 'a'):
@@ -290,6 +309,7 @@ def test_the_tool_on_a_detector_and_a_segmentor(trained, trained_seg, shapes, tm
     assert refused.stderr.strip().endswith(
         'attacks are for classifiers of MMPretrain; MaskRCNN is none'
     )
+    assert 'clean:' not in refused.stdout, 'refused before anything is tested'
     config, checkpoint = trained_seg
     done = run_tool('tools/test_robustness.py', config, checkpoint, '--metric', 'mIoU', *few)
     assert 'rPC: ' in done.stdout

@@ -1,5 +1,6 @@
 """Few labels and long tails: fixed by the seed, nested, and no class is lost unseen."""
 
+import cv2
 import numpy as np
 import pytest
 from mmengine.registry import DATASETS, DefaultScope
@@ -63,8 +64,41 @@ def test_fractions_are_nested_and_fixed_by_the_seed():
 def test_detection_draws_images():
     data = boxes(*[(0, 1)] * 30, *[(1, 2)] * 30)
     assert len(FewLabels(data, 0.25)) == 15
-    unlabelled = Labelled([dict(seg_map_path='a.png')] * 20)
-    assert len(FewLabels(unlabelled, 0.1)) == 2
+    assert len(FewLabels(Labelled([{}] * 20), 0.1)) == 2
+
+
+@pytest.fixture
+def masks(tmp_path):
+    """Twenty masks: all have class 0 and 1, one has class 2; 255 is void."""
+    infos = []
+    for i in range(20):
+        mask = np.full((4, 6), 255, np.uint8)
+        mask[:2], mask[2] = 0, 1
+        if i == 7:
+            mask[3, 3] = 2
+        cv2.imwrite(str(tmp_path / f'{i}.png'), mask)
+        infos.append(dict(seg_map_path=str(tmp_path / f'{i}.png'), reduce_zero_label=False))
+    return infos
+
+
+def test_segmentation_draws_images_that_have_every_class(masks):
+    data = Labelled(masks)
+    seeds = {True: [], False: []}
+    for seed in range(10):
+        seeds[7 in shown(FewLabels(Labelled([{}] * 20), 0.5, seed))].append(seed)
+    assert len(FewLabels(data, 0.5, seeds[True][0])) == 10
+    with pytest.raises(ValueError, match="10 of 20 images leave no pixel of class 'daisy'"):
+        FewLabels(data, 0.5, seeds[False][0])
+    for info in masks:  # Label 0 is void and others count from 1.
+        info['reduce_zero_label'] = True
+    with pytest.raises(ValueError, match="leave no pixel of class 'daisy'"):
+        FewLabels(data, 0.5, seeds[True][0])
+
+
+def test_another_image_is_drawn_from_the_part():
+    data = boxes(*[(0, 1)] * 30)
+    few = FewLabels(data, 0.1)
+    assert {data._rand_another() for _ in range(50)} == set(shown(few))
 
 
 @pytest.mark.parametrize(

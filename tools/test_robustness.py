@@ -19,7 +19,14 @@ from pathlib import Path
 from mmengine.runner import TestLoop
 
 from protune_mm import cli
-from protune_mm.robustness import ATTACKS, CORRUPTIONS, corrupted, robust_accuracy, summary
+from protune_mm.robustness import (
+    ATTACKS,
+    CORRUPTIONS,
+    check_attack,
+    corrupted,
+    robust_accuracy,
+    summary,
+)
 
 
 def main() -> None:
@@ -32,7 +39,9 @@ def main() -> None:
         '--corruptions', nargs='+', choices=CORRUPTIONS, default=CORRUPTIONS, metavar='NAME'
     )
     parser.add_argument('--no-corruptions', action='store_true')
-    parser.add_argument('--severities', nargs='+', type=int, default=[1, 2, 3, 4, 5])
+    parser.add_argument(
+        '--severities', nargs='+', type=int, choices=range(1, 6), default=[1, 2, 3, 4, 5]
+    )
     parser.add_argument('--attacks', nargs='+', choices=ATTACKS, default=[])
     parser.add_argument(
         '--budgets', nargs='+', type=float, default=[0, 0.5, 1, 2, 4], help='in 255ths of a pixel'
@@ -41,6 +50,10 @@ def main() -> None:
     cfg, args = cli.parse(parser)
     cfg.load_from = args.checkpoint
     runner = cli.build_runner(cfg)
+    for attack in args.attacks:
+        check_attack(runner.model, attack, args.budgets)
+    if not args.no_corruptions:
+        corrupted(cfg.test_dataloader, args.corruptions[0], 0)
     scores = Scores(args)
 
     def test(dataloader: dict) -> float:
@@ -82,12 +95,19 @@ class Scores:
     """Scores so far, written as soon as they are there.
 
     Args:
-        args: of the tool; scores of another config, checkpoint or metric are not gone on with.
+        args: of the tool; scores of another config, option, checkpoint or metric are not gone
+            on with.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.file = Path(args.out) if args.out else None
-        self.about = dict(config=args.config, checkpoint=args.checkpoint, metric=args.metric)
+        self.about = dict(
+            config=args.config,
+            options=str(args.cfg_options),
+            checkpoint=args.checkpoint,
+            changed=Path(args.checkpoint).stat().st_mtime,
+            metric=args.metric,
+        )
         self.known: dict = {}
         if self.file and self.file.exists():
             before = json.loads(self.file.read_text())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import mmcv
 import numpy as np
 from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS as ROOT
@@ -39,9 +40,33 @@ class Subset:
         if self._fully_initialized:
             return
         self.dataset.full_init()
+        # An image whose boxes are all lost has mmengine draw another, which is to be one of these.
+        self.dataset._rand_another = self._rand_another
         labels = [image_labels(self.dataset.get_data_info(i)) for i in range(len(self.dataset))]
         self.indices = self.choose(labels)
+        self._check_masks()
         self._fully_initialized = True
+
+    def _check_masks(self) -> None:
+        """Refuse a part of a segmentation set in which a class has no pixel."""
+        infos = [self.dataset.get_data_info(i) for i in self.indices]
+        masks = [info['seg_map_path'] for info in infos if info.get('seg_map_path')]
+        classes = self.metainfo.get('classes')
+        if not masks or not classes or len(masks) == len(self.dataset):
+            return
+        left = set(range(len(classes)))
+        reduced = infos[0].get('reduce_zero_label', False)
+        mapping = infos[0].get('label_map') or {}
+        for path in masks:
+            found = np.unique(mmcv.imread(path, flag='unchanged', backend='pillow'))
+            found = {mapping.get(int(label), int(label)) - reduced for label in found}
+            left -= found
+            if not left:
+                return
+        raise ValueError(
+            f'{len(masks)} of {len(self.dataset)} images leave no pixel of class '
+            f"'{self.class_name(min(left))}': use a larger fraction or another seed"
+        )
 
     def choose(self, labels: list[set[int]]) -> list[int]:
         """Indices of the images that are shown.
@@ -65,6 +90,9 @@ class Subset:
         """One image after the pipeline."""
         self.full_init()
         return self.dataset[self.indices[index]]
+
+    def _rand_another(self) -> int:
+        return self.indices[np.random.randint(len(self.indices))]
 
     def __len__(self) -> int:
         """Number of images that are shown."""

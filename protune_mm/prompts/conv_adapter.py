@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from mmengine.model import kaiming_init
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..registry import PROMPTS
 from .base import Prompt, feedforward, outermost
@@ -78,7 +79,10 @@ class ConvAdapter(Prompt):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what is added to the layer's output."""
-        return self.up(self.act(self.down(x))) * self.alpha
+        # A factor on the weights keeps no map for backward.
+        weight = self.up.weight * self.alpha[:, None]
+        bias = self.up.bias * self.alpha[:, 0, 0]
+        return F.conv2d(self.act(self.down(x)), weight, bias)
 
     @classmethod
     def layers(cls, block: nn.Module, beside: str = 'convolution', **options: object) -> list[str]:

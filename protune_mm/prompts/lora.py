@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import torch
+from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from ..registry import PROMPTS
@@ -69,7 +71,8 @@ class LoRA(Prompt):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what is added to the layer's output."""
-        return self.up(self.down(x)) * self.scale
+        hidden = self.down(x)
+        return self.up(hidden if self.scale == 1 else hidden * self.scale)
 
     @classmethod
     def layers(cls, block: nn.Module, layers: tuple = (), **options: object) -> list[str]:
@@ -81,7 +84,21 @@ class LoRA(Prompt):
             )
             return plain and (not layers or name in layers)
 
-        return list(outermost(block, wanted))
+        found = list(outermost(block, wanted))
+        # It reads its weights past its layers, so that nothing beside them would run.
+        whole = tuple(
+            f'{name}.'
+            for name, module in block.named_modules()
+            if isinstance(module, nn.MultiheadAttention)
+        )
+        if whole:
+            print_log(
+                f'LoRA: {type(block).__name__} has nn.MultiheadAttention, whose projections cannot '
+                'have one; only other layers do',
+                logger='current',
+                level=logging.WARNING,
+            )
+        return [name for name in found if not name.startswith(whole)] if whole else found
 
     @torch.no_grad()
     def merge_into(self, layer: nn.Module) -> None:

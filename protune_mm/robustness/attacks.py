@@ -59,17 +59,9 @@ def robust_accuracy(
         ValueError: an unknown attack, budgets that do not grow, or too few classes.
         ModuleNotFoundError: the library is not installed.
     """
-    if attack not in ATTACKS:
-        raise ValueError(f"attack='{attack}' is unknown: use one of {', '.join(ATTACKS)}")
+    check_attack(model, attack, budgets)
     budgets = list(budgets)
-    if not budgets or budgets[0] < 0 or budgets != sorted(set(budgets)):
-        raise ValueError(f'budgets={budgets} do not grow from 0 on')
     pixel_model = PixelModel(model).eval()
-    if attack == 'autoattack' and model.head.num_classes < 4:
-        raise ValueError(
-            f'autoattack needs at least 4 classes; the model has {model.head.num_classes}: its '
-            'loss compares with the third best'
-        )
     device = next(model.parameters()).device
     right, total = dict.fromkeys(budgets, 0), 0
     for batch in batches:
@@ -82,13 +74,43 @@ def robust_accuracy(
         for budget in budgets:
             if budget and len(labels):
                 attacker = _attacker(attack, pixel_model, budget, model.head.num_classes)
-                with torch.enable_grad():
+                # A random start that is the same each time, and takes nothing from the generator.
+                with torch.random.fork_rng(devices=_devices(device)), torch.enable_grad():
+                    torch.manual_seed(0)
                     changed = attacker(pixels, labels).detach()
                 with torch.no_grad():
                     standing = pixel_model(changed).argmax(1) == labels
                 pixels, labels = pixels[standing], labels[standing]
             right[budget] += len(labels)
     return {budget: 100 * count / max(1, total) for budget, count in right.items()}
+
+
+def _devices(device: torch.device) -> list[torch.device]:
+    return [device] if device.type == 'cuda' else []
+
+
+def check_attack(model: nn.Module, attack: str, budgets: Sequence[float]) -> None:
+    """Refuse an attack that cannot be run, before anything else is.
+
+    Args:
+        model: see :func:`robust_accuracy`.
+        attack: see there.
+        budgets: see there.
+
+    Raises:
+        ValueError: an unknown attack, budgets that do not grow, too few classes, or no classifier.
+    """
+    if attack not in ATTACKS:
+        raise ValueError(f"attack='{attack}' is unknown: use one of {', '.join(ATTACKS)}")
+    budgets = list(budgets)
+    if not budgets or budgets[0] < 0 or budgets != sorted(set(budgets)):
+        raise ValueError(f'budgets={budgets} do not grow from 0 on')
+    PixelModel(model)
+    if attack == 'autoattack' and model.head.num_classes < 4:
+        raise ValueError(
+            f'autoattack needs at least 4 classes; the model has {model.head.num_classes}: its '
+            'loss compares with the third best'
+        )
 
 
 def _stacked(inputs: Tensor | list[Tensor]) -> Tensor:

@@ -43,14 +43,32 @@ class ClassMap(Subset):
         if isinstance(dataset, dict):
             dataset = ROOT.build(dataset)
         own = list(dataset.metainfo.get('classes') or ())
+        if not own:  # Some know their classes when they have read their folders.
+            dataset.full_init()
+            own = list(dataset.metainfo.get('classes') or ())
+        if not own:
+            raise ValueError('the data set names no classes, so they cannot be mapped')
         if isinstance(target, str):
+            if not Path(target).is_dir():
+                raise ValueError(
+                    f"target='{target}' is no folder: give the folder of training images, whose "
+                    'sub-folders are the classes, or a list of their names'
+                )
             target = sorted(path.name for path in Path(target).iterdir() if path.is_dir())
         if classes is None:
             classes = {name: name for name in own if name in set(target)}
             if not classes:
                 raise ValueError(f'no class of the data set ({own[0]}, ...) is one of the target')
         elif classes == 'indices':
+            for name in own:
+                if not name.isdecimal() or int(name) >= len(target):
+                    raise ValueError(
+                        f"classes='indices': '{name}' is no position among the {len(target)} "
+                        'classes of target'
+                    )
             classes = {name: target[int(name)] for name in own}
+        elif isinstance(classes, str):
+            raise ValueError(f"classes='{classes}' is unknown: use 'indices' or a dict of names")
         for known, names, side in (
             (own, classes, 'the data set'),
             (target, classes.values(), 'target'),
