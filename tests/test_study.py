@@ -49,7 +49,7 @@ def read(out):
 KEYS = {
     'method', 'task', 'backbone', 'fraction', 'seed', 'lr', 'steps', 'metric', 'score', 'val_score',
     'diverged', 'trainable_backbone', 'backbone_parameters', 'peak_memory', 'wall_s', 'command',
-    'versions',
+    'versions', 'setting', 'step_s',
 }  # fmt: skip
 
 
@@ -123,23 +123,105 @@ def test_bad_input(study, tmp_path, change, more, message):
     assert not (tmp_path / 'out' / 'README.md').exists()
 
 
-def test_the_rate_is_picked_by_validation_over_all_seeds(monkeypatch):
+@pytest.mark.parametrize(
+    ('old', 'new', 'message'),
+    [
+        ('steps=3,', '', "task 'small' has no `steps`: a task has config, backbone, metrics"),
+        ('steps=3,', 'steps=1,', "task 'small': steps=1 leaves no step after the warm-up"),
+        ('steps=3,', 'steps=3, stepz=4,', "task 'small' has `stepz`, which is unknown"),
+        ('[1.0]', '[1.5]', "task 'small': fraction 1.5 is no part of the labels"),
+    ],
+)
+def test_bad_tasks(study, tmp_path, old, new, message):
+    done = run(study(**{old: new}), tmp_path / 'out', check=False)
+    assert message in done.stderr
+    assert not (tmp_path / 'out').exists()
+
+
+def test_a_metric_that_is_not_there_is_no_divergence(study, tmp_path):
+    file = study(methods=('head-only',), **{'accuracy/top1': 'accuracy/top7'})
+    done = run(file, tmp_path / 'out', check=False)
+    assert "task 'small': no score accuracy/top7: there are accuracy/top1" in done.stdout
+    assert 'runs failed' in done.stderr
+    assert not (tmp_path / 'out' / 'results.jsonl').exists()
+
+
+@pytest.fixture
+def parts(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / 'tools'))
-    from study_parts.report import cells
+    from study_parts import plan, report, training
 
-    def line(method, lr, seed, val, score):
-        return dict(
-            task='t', fraction=1.0, metric='m', method=method, lr=lr, seed=seed, val_score=val,
-            score=score, diverged=False,
-        )  # fmt: skip
+    return {'plan': plan, 'report': report, 'training': training}
 
+
+def test_results_of_other_settings_are_none_of_a_study(study, parts):
+    Study = parts['plan'].Study
+    settings = []
+    for change in ({}, {'steps=3': 'steps=4'}, {'rank=1': 'rank=2'}):
+        plan = Study(str(study(**change)))
+        settings.append({run.method: plan.setting(run) for run in plan.runs()})
+    first, steps, rank = settings
+    assert first == {r.method: Study(str(study())).setting(r) for r in Study(str(study())).runs()}
+    assert steps['lora'] != first['lora']
+    assert steps['full'] != first['full']
+    assert rank['lora'] != first['lora']
+    assert rank['full'] == first['full']
+
+
+def test_a_long_tail_counts_the_images_that_are_left(study, parts):
+    plan = parts['plan'].Study(str(study(**{'steps=3': 'steps=3, long_tail=2', '[1.0]': '[0.7]'})))
+    cfg = parts['training'].config_of(plan, plan.runs()[0], '')
+    train = cfg.train_dataloader.dataset
+    assert (train.type, train.dataset.type) == ('protune_mm.FewLabels', 'protune_mm.LongTailed')
+    for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
+        assert [e.type for e in evaluator][-1] == 'protune_mm.ShotAccuracy'
+        assert evaluator[-1].dataset == train
+
+
+class Plan:
+    tasks = dict(t=dict())
+    lrs, seeds = [1, 2, 3], [0, 1]
+
+
+def line(method, lr, seed, val, score, metric='m', share=0.05):
+    return dict(
+        task='t', fraction=1.0, metric=metric, method=method, lr=lr, seed=seed, val_score=val,
+        score=score, diverged=False, trainable_backbone=1000 * share, backbone_parameters=1000,
+    )  # fmt: skip
+
+
+def test_the_rate_is_picked_by_validation_over_all_seeds(parts):
     lines = [
         line('a', 1, 0, 50, 90), line('a', 1, 1, 50, 90),
-        line('a', 2, 0, 90, 10), line('a', 2, 1, 20, 20),
+        line('a', 2, 0, 85, 10), line('a', 2, 1, 20, 20),
         # Not all seeds yet: it cannot win.
         line('a', 3, 0, 99, 99),
     ]  # fmt: skip
-    lines[2]['val_score'] = 85
-    found = cells(lines)['t', 1.0, 'm']['a']
-    assert (found['lr'], found['score']) == (2, 15)
-    assert found['count'] == 5
+    # Another metric of the same runs, by which another rate were best.
+    lines += [line('a', lr, seed, 100 - 10 * lr, lr, 'n') for lr in (1, 2) for seed in (0, 1)]
+    found = parts['report'].cells(Plan, lines)
+    cell = found['t', 1.0, 'm']['a']
+    assert (cell['lr'], cell['score'], cell['edge'], cell['complete']) == (2, 15, False, False)
+    assert cell['count'] == 5
+    assert (found['t', 1.0, 'n']['a']['lr'], found['t', 1.0, 'n']['a']['score']) == (2, 2)
+
+
+def test_the_verdict(parts):
+    def everywhere(method, score, share):
+        return [
+            line(method, lr, seed, score, score + seed, share=share)
+            for lr in Plan.lrs for seed in Plan.seeds
+        ]  # fmt: skip
+
+    lines = everywhere('pro-tuning', 70, 0.05) + everywhere('full', 70.5, 1.0)
+    lines += everywhere('head-only', 69.5, 0) + everywhere('lora', 68, 0.1)
+    lines += everywhere('last-k', 75, 0.2)
+    text = parts['report'].verdict(parts['report'].cells(Plan, lines))
+    row = next(row for row in text if row.startswith('| t, 100%, m'))
+    # By 0.5 over head-only, whose seeds spread by 0.71; last-k trains too much to be a rival.
+    assert row == (
+        '| t, 100%, m | 70.50 | -0.50 **no** | +0.50 **no** | +2.00 yes | lora | 5.0% yes |'
+    )
+    assert 'Mean over these places, ahead of full fine-tuning: -0.50.' in text
+    # A method with runs missing: no verdict yet.
+    assert parts['report'].verdict(parts['report'].cells(Plan, lines[:-1])) == []

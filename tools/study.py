@@ -7,8 +7,10 @@
 
 Every method has the same steps, seeds and grid of learning rates; its learning rate is the best on
 the validation split, as a mean over seeds, and the score is that of the test split. Each run that
-ends is a line a metric in OUT/results.jsonl; a run that is there is not done again, and one that
-was stopped is. A run whose loss is no number counts, with score 0.
+ends is a line a metric in OUT/results.jsonl; a run that is there is not done again, unless its
+settings have changed, and one that was stopped is. A run whose loss is no number counts, with
+score 0. The table of other results than results.jsonl (ablations) shows no test scores: what is
+chosen by them must not have seen the test split.
 """
 
 from __future__ import annotations
@@ -53,9 +55,9 @@ def main() -> None:
         for line in train(args.study, args.run)['lines']:
             print(json.dumps(line))
         return
+    study.results_name = args.results
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    results = StudyResults(out / args.results, args.jobs)
     for name, chosen, known in (
         ('task', args.task, study.tasks),
         ('method', args.method, study.methods),
@@ -68,10 +70,13 @@ def main() -> None:
         for run in study.runs()
         if run.task in (args.task or study.tasks) and run.method in (args.method or study.methods)
     ]
+    results = StudyResults(out / args.results, args.jobs)
+    results.keep({run.key: study.setting(run) for run in study.runs()})
     if not args.table:
         results.work(functools.partial(train, args.study), [run.key for run in runs])
     lines = [line for row in results.known.values() for line in row['lines']]
-    write_report(study, lines, out, args.results)
+    if lines:
+        write_report(study, lines, out, args.results)
     if results.failed:
         sys.exit(f'{len(results.failed)} runs failed; run the same command again to retry them')
 
@@ -79,14 +84,26 @@ def main() -> None:
 class StudyResults(Results):
     """Results with a line for each metric of a run."""
 
+    def keep(self, settings: dict[str, str]) -> None:
+        """Keep only runs of a study, with its settings; others stay in the file."""
+        of_study = {
+            key: row
+            for key, row in self.known.items()
+            if row['lines'][0].get('setting') == settings.get(key, '')
+        }
+        if len(of_study) < len(self.known):
+            print(f'{self.path}: {len(self.known) - len(of_study)} runs of other settings ignored')
+        self.known = of_study
+
     def from_lines(self, lines: list[dict]) -> dict[str, dict]:
         """A run counts when all its metrics are there."""
-        found: dict[str, dict[str, dict]] = {}
+        found: dict[tuple, dict[str, dict]] = {}
         for line in lines:
-            found.setdefault(line['key'], {})[line['metric']] = line
+            found.setdefault((line['key'], line.get('setting')), {})[line['metric']] = line
+        # Of several settings of one run the last one counts.
         return {
             key: dict(key=key, lines=list(metrics.values()))
-            for key, metrics in found.items()
+            for (key, _), metrics in found.items()
             if len(metrics) == next(iter(metrics.values()))['metrics']
         }
 

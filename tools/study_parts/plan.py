@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import inspect
 import itertools
+import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from mmengine.config import Config
+
+from protune_mm import load_config
+from protune_mm.inject import DEFAULT_PROMPT
+from protune_mm.registry import PROMPTS
 
 METHODS: dict[str, dict] = {
     'full': dict(policy='full'),
@@ -23,6 +31,11 @@ METHODS: dict[str, dict] = {
     'lorand': dict(prompt=dict(type='LoRand')),
 }
 """Name of a method to what it adds to the line of a Pro-tuned backbone."""
+
+
+NEEDED = ('config', 'backbone', 'metrics', 'fractions', 'steps')
+OPTIONAL = ('few_steps', 'lrs', 'cfg_options', 'long_tail', 'scenarios')
+"""Keys of a task."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +80,7 @@ class Study:
         path: of a file such as ``configs/study/cpu.py``.
 
     Raises:
-        ValueError: it names an unknown method, or lacks a part.
+        ValueError: it names an unknown method, or a task lacks a part or has an unknown one.
     """
 
     def __init__(self, path: str) -> None:
@@ -83,13 +96,33 @@ class Study:
         self.methods = list(cfg.methods)
         self.lrs, self.seeds = list(cfg.lrs), list(cfg.seeds)
         self.options = cfg.get('options', {})
+        self.results_name = 'results.jsonl'
+        self._configs: dict[str, str] = {}
         known = {**METHODS, **self.variants}
         for method in self.methods:
             if method not in known:
                 raise ValueError(f"{path}: method '{method}' is unknown: use {', '.join(known)}")
         for name, task in self.tasks.items():
-            if '::' not in task['config'] and not Path(task['config']).exists():
-                raise ValueError(f"{path}: task '{name}' has no config {task['config']}")
+            self._check_task(name, task)
+
+    def _check_task(self, name: str, task: dict) -> None:
+        where = f"{self.path}: task '{name}'"
+        for key in NEEDED:
+            if key not in task:
+                raise ValueError(f'{where} has no `{key}`: a task has {", ".join(NEEDED)}')
+        for key in task:
+            if key not in NEEDED + OPTIONAL:
+                raise ValueError(
+                    f'{where} has `{key}`, which is unknown: a task may have {", ".join(OPTIONAL)}'
+                )
+        if '::' not in task['config'] and not Path(task['config']).exists():
+            raise ValueError(f'{where} has no config {task["config"]}')
+        for fraction in task['fractions']:
+            if not 0 < fraction <= 1:
+                raise ValueError(f'{where}: fraction {fraction} is no part of the labels')
+        for key in ('steps', 'few_steps'):
+            if task.get(key, 2) < 2:
+                raise ValueError(f'{where}: {key}={task[key]} leaves no step after the warm-up')
 
     def runs(self) -> list[Run]:
         """All runs: what can be compared first comes first."""
@@ -110,3 +143,31 @@ class Study:
         for key, value in (family.get(method) or {}).items():
             found[key] = {**found.get(key, {}), **value} if isinstance(value, dict) else value
         return found
+
+    def setting(self, run: Run) -> str:
+        """A digest of all that a run's result follows from, but for the code of the libraries.
+
+        Results of another setting (other steps, options or defaults of a prompt) are none of this
+        study.
+        """
+        task = {k: v for k, v in self.tasks[run.task].items() if k not in ('fractions', 'lrs')}
+        options = self.backbone_options(run.task, run.method)
+        kind = (options.get('prompt') or {}).get('type', 'ProTuningBlock')
+        plan = dict(
+            task=task,
+            config=self._config(task['config']),
+            options=options,
+            prompt=str(inspect.signature(PROMPTS.get(kind))),
+            placed=str(DEFAULT_PROMPT),
+        )
+        return hashlib.sha1(json.dumps(plan, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+    def _config(self, path: str) -> str:
+        """A task's config as text, without the folders of this machine."""
+        if path not in self._configs:
+            text = json.dumps(load_config(path).to_dict(), sort_keys=True, default=str)
+            for variable in ('PROTUNE_DATA', 'PROTUNE_WEIGHTS'):
+                folder = os.environ.get(variable)
+                text = text.replace(folder, '') if folder else text
+            self._configs[path] = text
+        return self._configs[path]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 from collections import defaultdict
@@ -20,53 +21,83 @@ LIMIT = 0.1
 
 
 def write_report(study: Study, lines: list[dict], out: Path, name: str) -> None:
-    """Write OUT/README.md (or another name for other results)."""
-    found = cells(lines)
-    stem = 'README' if name == 'results.jsonl' else Path(name).stem
-    pictures = {place: draw(place, methods, out, stem) for place, methods in found.items()}
-    by_labels = draw_fractions(found, out, stem)
+    """Write OUT/README.md (or another name for other results, whose table has no test scores)."""
+    final = name == 'results.jsonl'
+    found = cells(study, lines)
+    stem = 'README' if final else Path(name).stem
+    pictures = {place: draw(place, methods, out, stem, final) for place, methods in found.items()}
+    by_labels = draw_fractions(found, out, stem) if final else []
     file = out / f'{stem}.md'
-    text = report(study, lines, pictures, by_labels)
+    text = report(study, found, lines, pictures, by_labels, final)
     file.write_text(text)
     print(text)
     print(f'wrote {file}')
 
 
-def cells(lines: list[dict]) -> dict[tuple, dict[str, dict]]:
+def cells(study: Study, lines: list[dict]) -> dict[tuple, dict[str, dict]]:
     """(task, fraction, metric) to method to its runs at its best learning rate.
 
-    The learning rate is the one with the best mean validation score over its seeds.
+    The learning rate is the one with the best mean validation score of the task's first metric
+    over all seeds; until one has all seeds, over the most that any has.
     """
     runs = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for line in lines:
         place = (line['task'], line['fraction'], line['metric'])
         runs[place][line['method']][line['lr']].append(line)
-    best = {}
+    best, chosen = {}, {}
     for place, methods in runs.items():
+        task, fraction, _ = place
         best[place] = {}
         for method, by_lr in methods.items():
             seeds = max(len(found) for found in by_lr.values())
-            complete = {lr: found for lr, found in by_lr.items() if len(found) == seeds}
-            lr = max(complete, key=lambda lr: mean(complete[lr], 'val_score'))
+            full = {lr: found for lr, found in by_lr.items() if len(found) == seeds}
+            # The first metric of a task chooses for all: the scores are of one model.
+            lr = chosen.setdefault(
+                (task, fraction, method), max(full, key=lambda lr: mean(full[lr], 'val_score'))
+            )
+            grid = sorted(study.tasks[task].get('lrs', study.lrs))
+            planned = len(grid) * len(study.seeds)
+            count = sum(len(found) for found in by_lr.values())
             best[place][method] = dict(
                 lr=lr,
-                runs=complete[lr],
-                score=mean(complete[lr], 'score'),
-                val=mean(complete[lr], 'val_score'),
-                spread=spread(complete[lr]),
+                runs=full.get(lr) or by_lr[lr],
+                score=mean(by_lr[lr], 'score'),
+                val=mean(by_lr[lr], 'val_score'),
+                spread=spread(by_lr[lr], 'score'),
+                val_spread=spread(by_lr[lr], 'val_score'),
                 diverged=sum(line['diverged'] for found in by_lr.values() for line in found),
-                count=sum(len(found) for found in by_lr.values()),
+                count=count,
+                complete=count == planned,
+                edge=len(grid) > 1 and lr in (grid[0], grid[-1]),
             )
     return best
 
 
 def mean(runs: list[dict], key: str) -> float:
-    return statistics.mean(run[key] for run in runs)
+    """Over the runs that have it: one that diverged has no memory."""
+    return statistics.mean(run[key] for run in runs if run.get(key) is not None)
 
 
-def spread(runs: list[dict]) -> float:
+def step_time(runs: list[dict]) -> float:
+    """Seconds of a step, the median over runs."""
+    found = [run['step_s'] for run in runs if run.get('step_s') is not None]
+    return statistics.median(found) if found else math.nan
+
+
+def spread(runs: list[dict], key: str) -> float:
     """Standard deviation over seeds."""
-    return statistics.stdev(run['score'] for run in runs) if len(runs) > 1 else 0.0
+    return statistics.stdev(run[key] for run in runs) if len(runs) > 1 else 0.0
+
+
+def share(cell: dict) -> float:
+    """Part of the backbone's parameters that a method trains."""
+    run = cell['runs'][0]
+    return run['trainable_backbone'] / run['backbone_parameters']
+
+
+def hundredths(metric: str) -> float:
+    """What makes of a score one that goes to 100: average precision goes to 1."""
+    return 100.0 if 'mAP' in metric else 1.0
 
 
 def slug(*words: object) -> str:
@@ -79,30 +110,29 @@ OTHERS = (
     'tab:cyan',
 )  # fmt: skip
 AXES = (
-    ('trainable_backbone', 'trained parameters in the backbone', 1),
-    ('peak_memory', 'MiB kept for backward', 2**20),
-    ('wall_s', 'seconds of training', 1),
+    ('trained parameters in the backbone', lambda runs: mean(runs, 'trainable_backbone')),
+    ('MiB kept for backward', lambda runs: mean(runs, 'peak_memory') / 2**20),
+    ('milliseconds of a step', lambda runs: 1000 * step_time(runs)),
 )
 
 
-def draw(place: tuple, methods: dict[str, dict], out: Path, stem: str) -> str:
+def draw(place: tuple, methods: dict[str, dict], out: Path, stem: str, final: bool) -> str:
     """Draw score against parameters, memory and time; return the name of the picture."""
     task, fraction, metric = place
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), sharey=True, layout='constrained')
-    for axis, (key, label, unit) in zip(axes, AXES, strict=True):
+    score, error = ('score', 'spread') if final else ('val', 'val_spread')
+    for axis, (label, value) in zip(axes, AXES, strict=True):
         for method, cell in methods.items():
-            x = max(mean(cell['runs'], key) / unit, 1e-3)
-            axis.errorbar(
-                x, cell['score'], cell['spread'], fmt='o', capsize=3, color=colour(method)
-            )
-            axis.annotate(method, (x, cell['score']), (4, 4), textcoords='offset points', size=7)
+            x = max(value(cell['runs']), 1e-3)
+            axis.errorbar(x, cell[score], cell[error], fmt='o', capsize=3, color=colour(method))
+            axis.annotate(method, (x, cell[score]), (4, 4), textcoords='offset points', size=7)
         axis.set_xlabel(label)
-        if key == 'trainable_backbone':
+        if axis is axes[0]:
             axis.set_xscale('symlog', linthresh=1e4)  # Head-only trains none.
         else:
             axis.set_xscale('log')
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel(metric)
+    axes[0].set_ylabel(metric if final else f'{metric}, validation')
     figure.suptitle(f'{task}, {fraction:.0%} of the labels')
     return save(figure, out, slug(stem, task, f'{fraction:g}', metric))
 
@@ -149,44 +179,59 @@ def save(figure: Figure, out: Path, name: str) -> str:
 
 
 def report(
-    study: Study, lines: list[dict], pictures: dict[tuple, str], by_labels: list[str]
+    study: Study,
+    found: dict[tuple, dict[str, dict]],
+    lines: list[dict],
+    pictures: dict[tuple, str],
+    by_labels: list[str],
+    final: bool,
 ) -> str:
     """The document."""
+    shown = 'Test scores' if final else 'Validation scores'
+    more = '' if final else f' --results {study.results_name}'
     text = [
-        '# Study',
+        '# Study' if final else '# Ablations',
         '',
-        'Test scores, mean and standard deviation over seeds, at the learning rate with the best',
-        'mean validation score; the same grid of rates, steps and seeds for every method.',
-        '"trains": part of the backbone\'s parameters, prompts included. "keeps": MiB that a step',
-        'keeps for its backward pass (on a GPU: the peak). "time": a step over that of head-only.',
-        'A diverged run has score 0.',
+        f'{shown}, mean and standard deviation over seeds, at the learning rate with the best',
+        'mean validation score of the first metric; the same grid of rates, steps and seeds for',
+        'every method; * where that rate is at an end of the grid. "trains": part of the',
+        'backbone\'s parameters, prompts included. "keeps": MiB that a step keeps for its backward',
+        'pass (on a GPU: the peak). "time": processor time (on a GPU: time) of a step over that of',
+        'head-only, the first line where there is none. A diverged run has score 0. Corruption',
+        "errors are plain means, not divided by another network's.",
         '',
-        f'    python tools/study.py {study.path}',
+        f'    python tools/study.py {study.path}{more}',
         '',
     ]
-    for (task, fraction, metric), methods in cells(lines).items():
+    if final:
+        text += verdict(found)
+    for (task, fraction, metric), methods in found.items():
         first = next(iter(methods.values()))['runs'][0]
         text += [
-            f'## {task}, {fraction:.0%} of the labels',
+            f'## {task}, {fraction:.0%} of the labels, {metric}',
             '',
-            f'{first["backbone"]}, {metric}, {first["steps"]} steps.',
+            f'{first["backbone"]}, {first["steps"]} steps.',
             '',
-            '| method | test | validation | lr | trains | keeps | time | runs (diverged) |',
-            '|---|---|---|---|---|---|---|---|',
+            f'| method |{" test |" if final else ""} validation | lr | trains | keeps | time '
+            '| runs (diverged) |',
+            f'|---|{"---|" if final else ""}---|---|---|---|---|---|',
         ]
-        picture = pictures[task, fraction, metric]
         base = methods.get('head-only') or next(iter(methods.values()))
-        unit = mean(base['runs'], 'wall_s')
-        for method in sorted(methods, key=lambda m: -methods[m]['score']):
+        unit = step_time(base['runs'])
+        key = 'score' if final else 'val'
+        for method in sorted(methods, key=lambda m: -methods[m][key]):
             cell = methods[method]
-            run = cell['runs'][0]
-            share = run['trainable_backbone'] / run['backbone_parameters']
+            test = f' {cell["score"]:.2f} ± {cell["spread"]:.2f} |' if final else ''
+            spreads = '' if final else f' ± {cell["val_spread"]:.2f}'
+            val = f' {cell["val"]:.2f}{spreads}'
             text.append(
-                f'| {method} | {cell["score"]:.2f} ± {cell["spread"]:.2f} | {cell["val"]:.2f} '
-                f'| {cell["lr"]:g} | {share:.1%} | {run["peak_memory"] / 2**20:.1f} '
-                f'| {mean(cell["runs"], "wall_s") / unit:.2f} '
-                f'| {cell["count"]} ({cell["diverged"]}) |'
+                f'| {method} |{test}{val} '
+                f'| {cell["lr"]:g}{"*" * cell["edge"]} | {share(cell):.1%} '
+                f'| {mean(cell["runs"], "peak_memory") / 2**20:.1f} '
+                f'| {step_time(cell["runs"]) / unit:.2f} '
+                f'| {cell["count"]} ({cell["diverged"]}){"" if cell["complete"] else ", not all"} |'
             )
+        picture = pictures[task, fraction, metric]
         text += ['', f'![{task}: score against parameters, memory and time]({picture})', '']
     text += [f'![score against the fraction of labels]({name})\n' for name in by_labels]
     if lines:
@@ -194,3 +239,52 @@ def report(
         devices = ', '.join(sorted({line['device'] for line in lines}))
         text += [f'Run on {devices}, one thread a run on a CPU, with {versions}.', '']
     return '\n'.join(text)
+
+
+def verdict(found: dict[tuple, dict[str, dict]]) -> list[str]:
+    """Pro-tuning against full fine-tuning, head-only and the best rival, a line a place."""
+    rows, gains = [], []
+    for (task, fraction, metric), methods in found.items():
+        ours, full, head = (methods.get(m) for m in ('pro-tuning', 'full', 'head-only'))
+        if ours is None or not all(cell['complete'] for cell in methods.values()):
+            continue
+        unit = hundredths(metric)
+        small = {
+            name: cell
+            for name, cell in methods.items()
+            if name not in ('pro-tuning', 'head-only') and 0 < share(cell) <= LIMIT
+        }
+        rival = max(small, key=lambda name: small[name]['score'], default=None)
+        cells = [f'{task}, {fraction:.0%}, {metric}', f'{unit * ours["score"]:.2f}']
+        for other, margin in ((full, 0.0), (head, 1.0), (small.get(rival), 0.0)):
+            if other is None:
+                cells.append('')
+                continue
+            ahead = unit * (ours['score'] - other['score'])
+            needed = margin * unit * max(ours['spread'], other['spread'])
+            cells.append(f'{ahead:+.2f} {"yes" if ahead >= needed and ahead > -1e-9 else "**no**"}')
+        if full is not None:
+            gains.append(unit * (ours['score'] - full['score']))
+        within = 'yes' if share(ours) <= LIMIT else '**no**'
+        rows.append(f'| {" | ".join(cells)} | {rival or ""} | {share(ours):.1%} {within} |')
+    if not rows:
+        return []
+    text = [
+        '## Is the claim true here?',
+        '',
+        'Points of Pro-tuning (out of 100) ahead of full fine-tuning; ahead of head-only, "yes" if',
+        'by more than the larger spread; ahead of the best rival that trains at most '
+        f'{LIMIT:.0%} of',
+        f"the backbone's parameters; and whether it keeps to {LIMIT:.0%} itself. Only places where",
+        'every method has all its runs.',
+        '',
+        '| place | Pro-tuning | over full | over head-only | over the best rival | which '
+        '| trains |',
+        '|---|---|---|---|---|---|---|',
+        *rows,
+        '',
+    ]
+    if gains:
+        ahead = statistics.mean(gains)
+        text += [f'Mean over these places, ahead of full fine-tuning: {ahead:+.2f}.', '']
+    return text

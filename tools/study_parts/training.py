@@ -7,6 +7,7 @@ import copy
 import functools
 import logging
 import math
+import statistics
 import tempfile
 import time
 import uuid
@@ -49,6 +50,37 @@ class StopWhenDiverged(Hook):
             )
 
 
+class StepTime(Hook):
+    """Seconds a step: of the processor, whatever else runs on it, or of a GPU's clock."""
+
+    priority = 'LOWEST'
+
+    def __init__(self) -> None:
+        self.steps: list[float] = []
+        self.start = 0.0
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: object = None) -> None:
+        """Start the clock."""
+        self.start = self._now()
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: object = None, outputs: dict | None = None
+    ) -> None:
+        """Stop it."""
+        self.steps.append(self._now() - self.start)
+
+    @staticmethod
+    def _now() -> float:
+        if not torch.cuda.is_available():
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def median(self) -> float | None:
+        """Median of all steps but the first two, in seconds."""
+        return round(statistics.median(self.steps[2:]), 4) if len(self.steps) > 2 else None
+
+
 @functools.cache
 def study_of(path: str) -> Study:
     """A study's file, read once a process."""
@@ -73,6 +105,10 @@ def train(path: str, key: str) -> dict:
         cfg = config_of(study, run, work)
         runner = cli.build_runner(cfg)
         runner.register_hook(StopWhenDiverged())
+        clock = StepTime()
+        runner.register_hook(clock)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()  # Of the run before this one.
         start = time.time()
         try:
             runner.train()
@@ -80,7 +116,7 @@ def train(path: str, key: str) -> dict:
         except DivergedError:
             diverged = True
         wall = time.time() - start
-        memory = peak_memory(runner)
+        memory = None if diverged else peak_memory(runner)
         scores = dict(val={}, test={})
         if not diverged:
             scores = dict(val=runner.val(), test=runner.test())
@@ -93,11 +129,12 @@ def train(path: str, key: str) -> dict:
     metrics = [*task['metrics'], *scenario_metrics(task)]
     for metric in metrics:
         # Under corruption and attack, too, the validation score is the clean one.
-        found = dict(
-            val=scores['val'].get(metric, scores['val'].get(task['metrics'][0], math.nan)),
-            test=scores['test'].get(metric, math.nan),
-        )
-        bad = diverged or not math.isfinite(found['test'])
+        clean = metric if metric in task['metrics'] else task['metrics'][0]
+        found = dict(val=0.0, test=0.0)
+        if not diverged:
+            found = dict(
+                val=score(scores['val'], clean, run), test=score(scores['test'], metric, run)
+            )
         lines.append(
             dict(
                 key=key,
@@ -107,14 +144,16 @@ def train(path: str, key: str) -> dict:
                 fraction=run.fraction,
                 seed=run.seed,
                 lr=run.lr,
+                setting=study.setting(run),
                 steps=steps_of(task, run),
                 metric=metric,
                 metrics=len(metrics),
-                score=0.0 if bad else float(found['test']),
-                val_score=0.0 if bad else float(found['val']),
-                diverged=bad,
+                score=found['test'],
+                val_score=found['val'],
+                diverged=diverged,
                 **counts,
                 peak_memory=memory,
+                step_s=clock.median(),
                 wall_s=round(wall, 1),
                 threads=torch.get_num_threads(),
                 device=device_name(),
@@ -123,6 +162,19 @@ def train(path: str, key: str) -> dict:
             )
         )
     return dict(key=key, status='diverged' if diverged else 'ok', reason='', lines=lines)
+
+
+def score(found: dict, metric: str, run: Run) -> float:
+    """One of the scores of a run that did not diverge.
+
+    Raises:
+        ValueError: it is not among them, or no number.
+    """
+    value = float(found.get(metric, math.nan))
+    if not math.isfinite(value):
+        there = ', '.join(f'{key} {value}' for key, value in found.items())
+        raise ValueError(f"task '{run.task}': no score {metric}: there are {there}")
+    return value
 
 
 def scenario_metrics(task: dict) -> list[str]:
@@ -141,9 +193,14 @@ def scenario_scores(runner: Runner, cfg: Config, task: dict) -> dict[str, float]
     wanted = task.get('scenarios')
     if not wanted:
         return {}
-    plain = copy.deepcopy(cfg.test_dataloader)
-    total = len(runner.test_dataloader.dataset)
-    plain.dataset.indices = list(range(0, total, wanted.get('every', 1)))
+    plain, evaluator = copy.deepcopy(cfg.test_dataloader), copy.deepcopy(cfg.test_evaluator)
+    every = wanted.get('every', 1)
+    if every > 1:
+        chosen = plain.dataset.get('indices') or range(len(runner.test_dataloader.dataset))
+        plain.dataset.indices = list(chosen)[::every]
+        for metric in evaluator if isinstance(evaluator, list) else [evaluator]:
+            if metric.get('ann_file'):  # Else the images left out count as missed.
+                metric['ann_file'] = None
     metric, found = task['metrics'][0], {}
     for severity in wanted.get('severities', ()):
         scores = {}
@@ -151,7 +208,7 @@ def scenario_scores(runner: Runner, cfg: Config, task: dict) -> dict[str, float]
             runner._test_loop = TestLoop(
                 runner,
                 runner.build_dataloader(corrupted(plain, name, severity)),
-                runner.build_evaluator(cfg.test_evaluator),
+                runner.build_evaluator(evaluator),
             )
             scores[name, severity] = runner.test()[metric]
         error = summary(1.0, scores, per_cent='mAP' not in metric)['mCE']
@@ -198,9 +255,6 @@ def config_of(study: Study, run: Run, work: str) -> Config:
             ratio=task['long_tail'],
             seed=run.seed,
         )
-        shots = dict(type='protune_mm.ShotAccuracy', dataset=loader.dataset)
-        cfg.test_evaluator = [cfg.test_evaluator, shots]
-        cfg.val_evaluator = [cfg.val_evaluator, shots]
     if run.fraction < 1:
         loader.dataset = dict(
             type='protune_mm.FewLabels',
@@ -208,6 +262,11 @@ def config_of(study: Study, run: Run, work: str) -> Config:
             fraction=run.fraction,
             seed=run.seed,
         )
+    if 'long_tail' in task:
+        shots = dict(type='protune_mm.ShotAccuracy', dataset=loader.dataset)
+        for key in ('val_evaluator', 'test_evaluator'):
+            stock = cfg[key]
+            cfg[key] = [*(stock if isinstance(stock, list) else [stock]), shots]
     cfg.default_hooks.checkpoint = None
     cfg.default_hooks.logger = dict(type='LoggerHook', interval=10**9)
     cfg.log_processor = dict(by_epoch=False)
