@@ -48,19 +48,24 @@ class StockError(Exception):
     """The stock backbone does not run here."""
 
 
-def stock_backbone(config: dict) -> nn.Module:
-    """The backbone with weights that are the same each time, none of them uninitialized."""
+def stock_backbone(config: dict, scale: float = 1.0) -> nn.Module:
+    """The backbone with weights that are the same each time, none of them uninitialized.
+
+    Args:
+        config: of the backbone.
+        scale: factor on the scales of layers.
+    """
     torch.manual_seed(0)
     try:
         backbone = MODELS.build(copy.deepcopy(config))
     except Exception as error:
         raise StockError(short(error)) from error
-    draw(backbone)
+    draw(backbone, scale)
     backbone.train(False)
     return backbone.requires_grad_(False)
 
 
-def draw(backbone: nn.Module) -> None:
+def draw(backbone: nn.Module, scale: float) -> None:
     """Weights, biases, scales and statistics that matter: none at the neutral value of a new layer.
 
     A new batch norm changes nothing but the scale, and a new layer scale of 1e-6 hides its block:
@@ -74,7 +79,7 @@ def draw(backbone: nn.Module) -> None:
         elif name.endswith('bias'):
             parameter.data.normal_(0, 0.1, generator=generator)
         else:
-            parameter.data.uniform_(0.5, 1, generator=generator)
+            parameter.data.uniform_(0.5, 1, generator=generator).mul_(scale)
     for name, buffer in backbone.named_buffers():
         if name.endswith('running_mean'):
             buffer.normal_(0, 0.1, generator=generator)
@@ -120,7 +125,16 @@ def picture(backbone: nn.Module, channels: int) -> tuple[torch.Tensor, list[torc
 
 def check(config: dict) -> tuple[str, dict]:
     """Problems of one backbone ('' for none), and facts about it."""
-    stock = stock_backbone(config)
+    try:
+        return check_with(config, 1.0)
+    except StockError:
+        # Gates that multiply, one after the other, leave the range of numbers (MSCAN-L).
+        return check_with(config, 0.1)
+
+
+def check_with(config: dict, scale: float) -> tuple[str, dict]:
+    """See :func:`check`; with a factor on the scales of layers."""
+    stock = stock_backbone(config, scale)
     reason = refusal(type(stock))
     if reason:
         raise ValueError(f'{type(stock).__name__} cannot be Pro-tuned: {reason}')
@@ -146,14 +160,14 @@ def check(config: dict) -> tuple[str, dict]:
         problems.append(f'prompts have {facts["prompts"]:.1%} of the parameters')
     del tuned, stock
 
-    lean = protune_mm.protune(stock_backbone(config), lean=True).train(False)
+    lean = protune_mm.protune(stock_backbone(config, scale), lean=True).train(False)
     with torch.no_grad():
         got = run(lean, x)
     facts['lean_error'] = error = difference(expected, got)
     facts['lean_dtype'], limit = 'float32', 1e-5
     if not error <= limit:
         # Rounding, or a mistake? In float64 the two tell themselves apart.
-        stock = stock_backbone(config).double()
+        stock = stock_backbone(config, scale).double()
         try:
             with torch.no_grad():
                 exact = run(stock, x.double())
