@@ -40,6 +40,7 @@ def test_the_configs_a_user_expects_are_there():
         'retinanet_protune_r50_coco',
         'mask_rcnn_protune_swin-t_coco',
         'upernet_protune_r50_ade20k',
+        'upernet_protune_r50_cityscapes',
         'upernet_protune_swin-t_ade20k',
         'upernet_protune_vit-b_ade20k',
         'resnet50_protune_in1k',

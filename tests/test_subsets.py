@@ -101,6 +101,14 @@ def test_another_image_is_drawn_from_the_part():
     assert {data._rand_another() for _ in range(50)} == set(shown(few))
 
 
+def test_the_rest_is_what_was_not_chosen():
+    data = classes(100, 50, 10)
+    few, rest = FewLabels(data, 0.9, seed=3), FewLabels(data, 0.9, seed=3, rest=True)
+    assert sorted(shown(few) + shown(rest)) == list(range(160))
+    labels = [rest.get_data_info(i)['gt_label'] for i in range(len(rest))]
+    assert np.bincount(labels).tolist() == [10, 5, 1]
+
+
 @pytest.mark.parametrize(
     ('make', 'message'),
     [
@@ -109,6 +117,10 @@ def test_another_image_is_drawn_from_the_part():
         (lambda: FewLabels(classes(100, 4), 0.1), r"leaves no image of class 'tulip', which 4 of"),
         (lambda: FewLabels(boxes(*[(0,)] * 50, (2,)), 0.1), r"leaves no image of class 'daisy'"),
         (lambda: FewLabels(Labelled([{}] * 3), 0.1), 'leaves none of 3 images'),
+        (
+            lambda: FewLabels(classes(100, 4), 0.9, rest=True),
+            r"fraction=0.9 \(rest\) leaves no image of class 'tulip', which 4 of",
+        ),
         (lambda: LongTailed(classes(9, 9), 0.5), 'ratio=0.5 is below 1'),
         (lambda: LongTailed(classes(9, 9), 100), "ratio=100 leaves no image of class 'tulip'"),
         (lambda: LongTailed(boxes((0, 1)), 10), 'every image needs one label'),

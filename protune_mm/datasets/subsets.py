@@ -111,6 +111,7 @@ class FewLabels(Subset):
         dataset: config of the data set, or the data set itself.
         fraction: part of the images, above 0 and at most 1.
         seed: which images are chosen. Default 0.
+        rest: show the images that are not chosen instead, for validation. Default False.
         lazy_init: wait until the first use. Default False.
 
     Raises:
@@ -122,11 +123,12 @@ class FewLabels(Subset):
         dataset: dict | BaseDataset,
         fraction: float,
         seed: int = 0,
+        rest: bool = False,
         lazy_init: bool = False,
     ) -> None:
         if not 0 < fraction <= 1:
             raise ValueError(f'fraction={fraction} is no part of a training set: use 0 to 1')
-        self.fraction = fraction
+        self.fraction, self.rest = fraction, rest
         super().__init__(dataset, seed, lazy_init)
 
     def choose(self, labels: list[set[int]]) -> list[int]:
@@ -139,11 +141,14 @@ class FewLabels(Subset):
                 chosen += mine[: round(self.fraction * len(mine))]
         else:
             chosen = order[: round(self.fraction * len(labels))]
+        if self.rest:
+            chosen = sorted(set(order) - set(chosen))
         left = set().union(*(labels[i] for i in chosen))
         for label in sorted(set().union(*labels) - left):
             count = sum(label in found for found in labels)
+            part = f'fraction={self.fraction}{" (rest)" if self.rest else ""}'
             raise ValueError(
-                f"fraction={self.fraction} leaves no image of class '{self.class_name(label)}', "
+                f"{part} leaves no image of class '{self.class_name(label)}', "
                 f'which {count} of {len(labels)} images have: use a larger fraction or another seed'
             )
         if not chosen:
