@@ -164,23 +164,27 @@ def check_with(config: dict, scale: float) -> tuple[str, dict]:
     with torch.no_grad():
         got = run(lean, x)
     facts['lean_error'] = error = difference(expected, got)
+    problems += check_training(lean, x)
+    del lean  # Of the largest backbones there is room for one.
     facts['lean_dtype'], limit = 'float32', 1e-5
     if not error <= limit:
         # Rounding, or a mistake? In float64 the two tell themselves apart.
-        stock = stock_backbone(config, scale).double()
         try:
-            with torch.no_grad():
-                exact = run(stock, x.double())
-                double = protune_mm.protune(stock, lean=True).train(False)
-                facts['lean_error'] = error = difference(exact, run(double, x.double()))
+            facts['lean_error'] = error = double_error(config, scale, x.double())
             facts['lean_dtype'], limit = 'float64', 1e-9
         except RuntimeError:
             facts['lean_dtype'], limit = 'float32 only', 1e-3
-        del stock
     if not error <= limit:
         problems.append(f'lean layers differ by {error:.1e} in {facts["lean_dtype"]}')
-    problems += check_training(lean, x)
     return '; '.join(problems), facts
+
+
+@torch.no_grad()
+def double_error(config: dict, scale: float, x: torch.Tensor) -> float:
+    """Difference between lean and stock layers in float64."""
+    backbone = stock_backbone(config, scale).double()
+    exact = run(backbone, x)
+    return difference(exact, run(protune_mm.protune(backbone, lean=True).train(False), x))
 
 
 def difference(expected: list[torch.Tensor], got: list[torch.Tensor]) -> float:
