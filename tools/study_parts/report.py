@@ -89,6 +89,11 @@ def spread(runs: list[dict], key: str) -> float:
     return statistics.stdev(run[key] for run in runs) if len(runs) > 1 else 0.0
 
 
+def relative(time: float, unit: float) -> str:
+    """A time over another; results of older versions have none."""
+    return '' if math.isnan(time / unit) else f'{time / unit:.2f}'
+
+
 def share(cell: dict) -> float:
     """Part of the backbone's parameters that a method trains."""
     run = cell['runs'][0]
@@ -228,7 +233,7 @@ def report(
                 f'| {method} |{test}{val} '
                 f'| {cell["lr"]:g}{"*" * cell["edge"]} | {share(cell):.1%} '
                 f'| {mean(cell["runs"], "peak_memory") / 2**20:.1f} '
-                f'| {step_time(cell["runs"]) / unit:.2f} '
+                f'| {relative(step_time(cell["runs"]), unit)} '
                 f'| {cell["count"]} ({cell["diverged"]}){"" if cell["complete"] else ", not all"} |'
             )
         picture = pictures[task, fraction, metric]
