@@ -75,7 +75,8 @@ def cells(study: Study, lines: list[dict]) -> dict[tuple, dict[str, dict]]:
 
 def mean(runs: list[dict], key: str) -> float:
     """Over the runs that have it: one that diverged has no memory."""
-    return statistics.mean(run[key] for run in runs if run.get(key) is not None)
+    found = [run[key] for run in runs if run.get(key) is not None]
+    return statistics.mean(found) if found else math.nan
 
 
 def step_time(runs: list[dict]) -> float:
