@@ -6,36 +6,25 @@ _base_ = ['./cpu.py']
 lrs = [1e-3, 3e-3, 1e-2]
 tasks = dict(_delete_=True, flowers5=dict(_base_.tasks.flowers5, fractions=[0.05]))
 gn = dict(type='GN', num_groups=1)
+norm = dict(hidden=48, norm_cfg=gn)
 variants = {
     'stages': dict(),
-    'blocks': dict(stages='blocks'),
-    'blocks-hidden48': dict(stages='blocks', prompt=dict(hidden=48)),
-    'blocks-hidden48-norm': dict(stages='blocks', prompt=dict(hidden=48, norm_cfg=gn)),
-    'blocks-hidden48-norm-linear': dict(
-        stages='blocks', prompt=dict(hidden=48, norm_cfg=gn, act_cfg=None)
-    ),
     'stages-norm': dict(prompt=dict(norm_cfg=gn)),
     'stages-paper': dict(prompt='paper'),
-    'late-stages': dict(stages=['layer5', 'layer6', 'layer7']),
     'stages-ratio2': dict(prompt=dict(ratio=2)),
-    'blocks-hidden48-linear': dict(stages='blocks', prompt=dict(hidden=48, act_cfg=None)),
-    'blocks-hidden48-norm-relu': dict(
-        stages='blocks', prompt=dict(hidden=48, norm_cfg=gn, act_cfg=dict(type='ReLU'))
-    ),
-    'blocks-hidden48-norm-kernel3': dict(
-        stages='blocks', prompt=dict(hidden=48, norm_cfg=gn, kernel_size=3)
-    ),
-    'blocks-hidden48-norm-kernel7': dict(
-        stages='blocks', prompt=dict(hidden=48, norm_cfg=gn, kernel_size=7)
-    ),
-    'blocks-hidden16-norm-dense': dict(
-        stages='blocks', prompt=dict(hidden=16, norm_cfg=gn, depthwise=False)
-    ),
-    'blocks-hidden48-norm-scale': dict(
-        stages='blocks', prompt=dict(hidden=48, norm_cfg=gn, learnable_scale=True)
-    ),
-    'blocks-hidden48-norm-rate3': dict(
-        stages='blocks', prompt=dict(hidden=48, norm_cfg=gn), prompt_lr_mult=3.0
-    ),
+    'late-stages': dict(stages=['layer5', 'layer6', 'layer7']),
+    'blocks': dict(stages='blocks'),
+    'blocks-hidden48': dict(stages='blocks', prompt=dict(hidden=48)),
+    'blocks-hidden48-fan-in': dict(stages='blocks', prompt=dict(hidden=48, init_mode='fan_in')),
+    'norm': dict(stages='blocks', prompt=norm),
+    'norm-linear': dict(stages='blocks', prompt=dict(norm, act_cfg=None)),
+    'norm-relu': dict(stages='blocks', prompt=dict(norm, act_cfg=dict(type='ReLU'))),
+    'norm-kernel3': dict(stages='blocks', prompt=dict(norm, kernel_size=3)),
+    'norm-kernel7': dict(stages='blocks', prompt=dict(norm, kernel_size=7)),
+    'norm-dense': dict(stages='blocks', prompt=dict(norm, hidden=16, depthwise=False)),
+    'norm-scale': dict(stages='blocks', prompt=dict(norm, learnable_scale=True)),
+    'norm-random': dict(stages='blocks', prompt=dict(norm, zero_init=False, scale=0.1)),
+    'norm-series': dict(stages='blocks', prompt=dict(norm, last='series')),
+    'norm-rate3': dict(stages='blocks', prompt=norm, prompt_lr_mult=3.0),
 }
 methods = list(variants)

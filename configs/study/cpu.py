@@ -8,16 +8,21 @@ methods = [
 lrs = [3e-4, 1e-3, 3e-3, 1e-2]
 seeds = [0, 1, 2]
 
+size = 80
 flowers5 = dict(
     config='configs/small/mobilenetv2_protune_flowers5.py',
     backbone='MobileNetV2',
     metrics=['accuracy/top1'],
-    steps=400,
+    steps=250,
     few_steps=150,
+    channels_last=True,
     cfg_options={
-        'train_dataloader.batch_size': 16,
+        'train_dataloader.batch_size': 8,
+        'train_dataloader.dataset.pipeline.1.scale': size,
         'val_dataloader.batch_size': 64,
+        'val_dataloader.dataset.pipeline.1.scale': (size, size),
         'test_dataloader.batch_size': 64,
+        'test_dataloader.dataset.pipeline.1.scale': (size, size),
     },
 )
 # Detection, segmentation and instance segmentation.
@@ -33,6 +38,7 @@ camvid = dict(
     backbone='MobileNetV2',
     metrics=['mIoU'],
     steps=250,
+    channels_last=True,
     cfg_options={'train_dataloader.batch_size': 4},
 )
 tasks = {

@@ -36,9 +36,13 @@ class ProTuningBlock(BaseModule):
         learnable_scale: train the factor, one number for the block. Default False.
         zero_init: start the last convolution at zero, so that the prompt starts at exactly zero.
             Default True.
+        init_mode: of Kaiming's rule for the other convolutions: ``'fan_out'``, or ``'fan_in'``,
+            which keeps the size of the signal through a depth-wise convolution, too. Default
+            ``'fan_out'``, as of mmengine.
 
     Raises:
-        ValueError: ``ratio`` leaves no channel, ``hidden`` is below 1, or ``kernel_size`` is even.
+        ValueError: ``ratio`` leaves no channel, ``hidden`` is below 1, ``kernel_size`` is even, or
+            ``init_mode`` is unknown.
         TypeError: an option that should be a number is none.
 
     Shape: ``(B, C, H, W) -> (B, C, H, W)``, any H and W from 1 on.
@@ -62,6 +66,7 @@ class ProTuningBlock(BaseModule):
         learnable_scale: bool = False,
         zero_init: bool = True,
         hidden: int | None = None,
+        init_mode: str = 'fan_out',
     ) -> None:
         super().__init__()
         for name, value in (('ratio', ratio), ('kernel_size', kernel_size), ('scale', scale)):
@@ -76,8 +81,10 @@ class ProTuningBlock(BaseModule):
             )
         if kernel_size % 2 == 0:
             raise ValueError(f'kernel_size={kernel_size} shifts the map by half a pixel: use odd')
+        if init_mode not in ('fan_in', 'fan_out'):
+            raise ValueError(f"init_mode={init_mode!r}: use 'fan_in' or 'fan_out'")
         hidden = hidden or int(channels / ratio)
-        self.zero_init = zero_init
+        self.zero_init, self.init_mode = zero_init, init_mode
         # A normalization right after a convolution makes its bias redundant.
         bias = norm_cfg is None
         self.down = nn.Conv2d(channels, hidden, 1, bias=bias)
@@ -103,13 +110,13 @@ class ProTuningBlock(BaseModule):
 
     def init_weights(self) -> None:
         """Set the start: Kaiming for the first two convolutions, zero (or Kaiming) for the last."""
-        kaiming_init(self.down)
-        kaiming_init(self.spatial)
+        kaiming_init(self.down, mode=self.init_mode)
+        kaiming_init(self.spatial, mode=self.init_mode)
         if self.zero_init:
             nn.init.zeros_(self.up.weight)
             nn.init.zeros_(self.up.bias)
         else:
-            kaiming_init(self.up)
+            kaiming_init(self.up, mode=self.init_mode)
         for norm in (self.norm1, self.norm2):
             if getattr(norm, 'weight', None) is not None:
                 nn.init.ones_(norm.weight)

@@ -34,7 +34,7 @@ METHODS: dict[str, dict] = {
 
 
 NEEDED = ('config', 'backbone', 'metrics', 'fractions', 'steps')
-OPTIONAL = ('few_steps', 'lrs', 'cfg_options', 'long_tail', 'scenarios')
+OPTIONAL = ('few_steps', 'lrs', 'cfg_options', 'channels_last', 'long_tail', 'scenarios')
 """Keys of a task."""
 
 
@@ -72,9 +72,10 @@ class Study:
     """A study's file: ``tasks``, ``methods``, ``lrs``, ``seeds``, and ``options``, ``variants``.
 
     A task has ``config``, ``backbone``, ``metrics``, ``fractions`` and ``steps``, and may have
-    ``few_steps`` (below half of the labels), ``lrs`` of its own, ``cfg_options``, ``long_tail``
-    (the ratio of :class:`protune_mm.datasets.LongTailed`), and ``scenarios``: ``severities`` of
-    the common corruptions, ``attacks`` with budgets in 255ths, on ``every`` such test image.
+    ``few_steps`` (below half of the labels), ``lrs`` of its own, ``cfg_options``,
+    ``channels_last`` (the memory of the model's maps), ``long_tail`` (the ratio of
+    :class:`protune_mm.datasets.LongTailed`), and ``scenarios``: ``severities`` of the common
+    corruptions, ``attacks`` with budgets in 255ths, on ``every`` such test image.
 
     Args:
         path: of a file such as ``configs/study/cpu.py``.
