@@ -153,12 +153,13 @@ class Study:
         """
         task = {k: v for k, v in self.tasks[run.task].items() if k not in ('fractions', 'lrs')}
         options = self.backbone_options(run.task, run.method)
-        kind = (options.get('prompt') or {}).get('type', 'ProTuningBlock')
+        prompt = options.get('prompt')
+        kind = prompt.get('type') if isinstance(prompt, dict) else None
         plan = dict(
             task=task,
             config=self._config(task['config']),
             options=options,
-            prompt=str(inspect.signature(PROMPTS.get(kind))),
+            prompt=str(inspect.signature(PROMPTS.get(kind or 'ProTuningBlock'))),
             placed=str(DEFAULT_PROMPT),
         )
         return hashlib.sha1(json.dumps(plan, sort_keys=True, default=str).encode()).hexdigest()[:12]
