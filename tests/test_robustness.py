@@ -45,6 +45,17 @@ def test_every_corruption_changes_the_image_the_same_way_each_time(name):
         assert not np.array_equal(corrupt(name, 2, 'b.png')[1], made)
 
 
+def test_a_kept_image_is_as_if_made_again():
+    step = TRANSFORMS.build(
+        dict(type='protune_mm.Corrupt', corruption='fog', severity=3, cache=True)
+    )
+    image, fresh = corrupt('fog', 3, 'kept.png')
+    for _ in range(2):
+        made = step(dict(img=image.copy(), img_path='kept.png'))['img']
+        assert np.array_equal(made, fresh)
+        made[:] = 0  # What later transforms do to it is not kept.
+
+
 def test_severity_grows():
     errors = []
     for severity in range(1, 6):
@@ -63,7 +74,7 @@ def test_the_corruption_comes_right_after_the_image():
         'Resize',
     ]
     assert len(steps) == 3, 'a copy'
-    with pytest.raises(ValueError, match='nothing to corrupt'):
+    with pytest.raises(ValueError, match='nothing can follow'):
         corrupted(dict(dataset=dict(pipeline=[dict(type='Resize')])), 'fog', 3)
 
 

@@ -95,12 +95,19 @@ def test_scenarios(study):
     pytest.importorskip('imagecorruptions', reason='requirements/robustness.txt')
     pytest.importorskip('torchattacks', reason='requirements/robustness.txt')
     more = (
-        'long_tail=2, scenarios=dict(every=2, severities=[1], attacks=dict(fgsm=[0, 1])), steps=3'
+        'long_tail=2, steps=3, scenarios=dict(every=2, severities=[1], attacks=dict(fgsm=[0, 1]), '
+        "shifts=dict(grey=[dict(type='RandomGrayscale', prob=1.0, keep_channels=True)]))"
     )
     file = study(**{'steps=3': more})
     done = run_tool('tools/study.py', file, '--run', 'small lora 1 0.001 0')
-    rows = {r['metric']: r for r in map(json.loads, done.stdout.strip().splitlines()[-4:])}
-    assert set(rows) == {'accuracy/top1', '100 - mCE, severity 1', 'fgsm, 0/255', 'fgsm, 1/255'}
+    rows = {r['metric']: r for r in map(json.loads, done.stdout.strip().splitlines()[-5:])}
+    assert set(rows) == {
+        'accuracy/top1',
+        'shifted, grey',
+        '100 - mCE, severity 1',
+        'fgsm, 0/255',
+        'fgsm, 1/255',
+    }
     assert len({row['val_score'] for row in rows.values()}) == 1, 'of clean images'
     assert rows['fgsm, 1/255']['score'] <= rows['fgsm, 0/255']['score']
     assert 0 <= rows['100 - mCE, severity 1']['score'] <= 100

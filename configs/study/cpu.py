@@ -46,7 +46,17 @@ tasks = {
     'flowers5-robust': dict(
         flowers5,
         fractions=[1.0],
-        scenarios=dict(every=4, severities=[3], attacks=dict(fgsm=[0, 0.25], pgd=[0.25])),
+        scenarios=dict(
+            every=6,
+            severities=[3],
+            # Other domains of the same classes: no second set has these five flowers.
+            shifts={
+                'grey': [dict(type='RandomGrayscale', prob=1.0, keep_channels=True)],
+                'inverted': [dict(type='Invert', prob=1.0)],
+                'turned': [dict(type='Rotate', angle=45.0, prob=1.0)],
+            },
+            attacks=dict(fgsm=[0.25], pgd=[0.25]),
+        ),
     ),
     'flowers5-long-tailed': dict(
         flowers5,

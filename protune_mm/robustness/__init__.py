@@ -2,7 +2,7 @@
 
 from .attacks import ATTACKS, PixelModel, check_attack, robust_accuracy
 from .class_map import ClassMap, MappedAccuracy
-from .corruptions import CORRUPTIONS, Corrupt, corrupted, summary
+from .corruptions import CORRUPTIONS, Corrupt, after_loading, corrupted, summary
 from .shots import ShotAccuracy
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     'MappedAccuracy',
     'PixelModel',
     'ShotAccuracy',
+    'after_loading',
     'check_attack',
     'corrupted',
     'robust_accuracy',

@@ -23,6 +23,10 @@ CORRUPTIONS = (
 arXiv 1903.12261."""
 
 
+_corrupted_images: dict[tuple, np.ndarray] = {}
+"""Corrupted images by path, shape, corruption and severity."""
+
+
 @TRANSFORMS.register_module()
 class Corrupt(BaseTransform):
     """Corrupt an image with the library ``imagecorruptions``, the same way each time.
@@ -32,6 +36,8 @@ class Corrupt(BaseTransform):
     Args:
         corruption: one of :data:`CORRUPTIONS`.
         severity: 1 to 5; 0 leaves the image as it is.
+        cache: keep corrupted images in this process for the next model that is tested on them.
+            Default False.
 
     Raises:
         ValueError: the corruption or the severity is unknown.
@@ -40,14 +46,14 @@ class Corrupt(BaseTransform):
     Required keys: ``img``, (H, W, 3), uint8, and ``img_path``. Changed key: ``img``.
     """
 
-    def __init__(self, corruption: str, severity: int) -> None:
+    def __init__(self, corruption: str, severity: int, cache: bool = False) -> None:
         if corruption not in CORRUPTIONS:
             raise ValueError(
                 f"corruption='{corruption}' is unknown: use one of {', '.join(CORRUPTIONS)}"
             )
         if severity not in range(6):
             raise ValueError(f'severity={severity} is unknown: use 0 (none) to 5')
-        self.corruption, self.severity = corruption, severity
+        self.corruption, self.severity, self.cache = corruption, severity, cache
         if severity:
             self._corrupt = _library()
 
@@ -55,12 +61,22 @@ class Corrupt(BaseTransform):
         """Corrupt ``results['img']``."""
         if not self.severity:
             return results
-        # The library wants RGB, and some corruptions have a colour.
-        image = np.ascontiguousarray(results['img'][..., ::-1])
-        with _seeded(zlib.crc32(f'{results["img_path"]} {self.corruption}'.encode())):
-            made = self._corrupt(image, corruption_name=self.corruption, severity=self.severity)
-        results['img'] = np.ascontiguousarray(made[..., ::-1])
+        path, image = results['img_path'], results['img']
+        key = (path, image.shape, self.corruption, self.severity)
+        made = _corrupted_images.get(key) if self.cache else None
+        if made is None:
+            made = self._made(image, zlib.crc32(f'{path} {self.corruption}'.encode()))
+        if self.cache:
+            _corrupted_images[key] = made
+        results['img'] = made.copy() if self.cache else made
         return results
+
+    def _made(self, image: np.ndarray, seed: int) -> np.ndarray:
+        # The library wants RGB, and some corruptions have a colour.
+        image = np.ascontiguousarray(image[..., ::-1])
+        with _seeded(seed):
+            made = self._corrupt(image, corruption_name=self.corruption, severity=self.severity)
+        return np.ascontiguousarray(made[..., ::-1])
 
 
 @contextmanager
@@ -95,8 +111,26 @@ def _library() -> object:
     return corrupt
 
 
-def corrupted(dataloader: dict, corruption: str, severity: int) -> dict:
+def corrupted(dataloader: dict, corruption: str, severity: int, cache: bool = False) -> dict:
     """A copy of a test dataloader's config whose images are corrupted as soon as they are loaded.
+
+    Args:
+        dataloader: the config, unchanged.
+        corruption, severity, cache: as of :class:`Corrupt`.
+
+    Raises:
+        ValueError: its pipeline loads no image.
+    """
+    step = dict(type='protune_mm.Corrupt', corruption=corruption, severity=severity, cache=cache)
+    return after_loading(dataloader, [step])
+
+
+def after_loading(dataloader: dict, steps: list[dict]) -> dict:
+    """A copy of a test dataloader's config with transforms right after an image is loaded.
+
+    Args:
+        dataloader: the config, unchanged.
+        steps: the transforms.
 
     Raises:
         ValueError: its pipeline loads no image.
@@ -108,9 +142,8 @@ def corrupted(dataloader: dict, corruption: str, severity: int) -> dict:
     pipeline = dataset.get('pipeline', [])
     loads = [i for i, step in enumerate(pipeline) if 'LoadImage' in str(step.get('type'))]
     if not loads:
-        raise ValueError('the test pipeline has no LoadImageFromFile: nothing to corrupt after it')
-    step = dict(type='protune_mm.Corrupt', corruption=corruption, severity=severity)
-    pipeline.insert(loads[0] + 1, step)
+        raise ValueError('the test pipeline has no LoadImageFromFile: nothing can follow it')
+    pipeline[loads[0] + 1 : loads[0] + 1] = steps
     return dataloader
 
 

@@ -75,7 +75,8 @@ class Study:
     ``few_steps`` (below half of the labels), ``lrs`` of its own, ``cfg_options``,
     ``channels_last`` (the memory of the model's maps), ``long_tail`` (the ratio of
     :class:`protune_mm.datasets.LongTailed`), and ``scenarios``: ``severities`` of the common
-    corruptions, ``attacks`` with budgets in 255ths, on ``every`` such test image.
+    corruptions, ``shifts`` (transforms that make another domain of the test split, by name),
+    ``attacks`` with budgets in 255ths, on ``every`` such test image.
 
     Args:
         path: of a file such as ``configs/study/cpu.py``.
@@ -153,15 +154,12 @@ class Study:
         """
         task = {k: v for k, v in self.tasks[run.task].items() if k not in ('fractions', 'lrs')}
         options = self.backbone_options(run.task, run.method)
-        prompt = options.get('prompt')
-        kind = prompt.get('type') if isinstance(prompt, dict) else None
-        plan = dict(
-            task=task,
-            config=self._config(task['config']),
-            options=options,
-            prompt=str(inspect.signature(PROMPTS.get(kind or 'ProTuningBlock'))),
-            placed=str(DEFAULT_PROMPT),
-        )
+        plan = dict(task=task, config=self._config(task['config']), options=options)
+        if options.get('policy', 'prompts') == 'prompts':
+            prompt = options.get('prompt')
+            kind = prompt.get('type') if isinstance(prompt, dict) else None
+            plan['prompt'] = str(inspect.signature(PROMPTS.get(kind or 'ProTuningBlock')))
+            plan['placed'] = str(DEFAULT_PROMPT)
         return hashlib.sha1(json.dumps(plan, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
     def _config(self, path: str) -> str:

@@ -29,7 +29,7 @@ from protune_mm.compat import stack_versions
 from protune_mm.config import config_backbones
 from protune_mm.frozen import prompt_parameters
 from protune_mm.lean.memory import kept_bytes
-from protune_mm.robustness import CORRUPTIONS, corrupted, robust_accuracy, summary
+from protune_mm.robustness import CORRUPTIONS, after_loading, corrupted, robust_accuracy, summary
 
 from .plan import Run, Study
 
@@ -186,6 +186,7 @@ def scenario_metrics(task: dict) -> list[str]:
     """Names of the scores under corruption and attack that a task asks for."""
     wanted = task.get('scenarios', {})
     names = [f'100 - mCE, severity {s}' for s in wanted.get('severities', ())]
+    names += [f'shifted, {name}' for name in wanted.get('shifts', ())]
     return names + [
         f'{attack}, {budget:g}/255'
         for attack, budgets in wanted.get('attacks', {}).items()
@@ -207,15 +208,20 @@ def scenario_scores(runner: Runner, cfg: Config, task: dict) -> dict[str, float]
             if metric.get('ann_file'):  # Else the images left out count as missed.
                 metric['ann_file'] = None
     metric, found = task['metrics'][0], {}
+
+    def test(dataloader: dict) -> float:
+        runner._test_loop = TestLoop(
+            runner, runner.build_dataloader(dataloader), runner.build_evaluator(evaluator)
+        )
+        return runner.test()[metric]
+
+    for name, steps in wanted.get('shifts', {}).items():
+        found[f'shifted, {name}'] = test(after_loading(plain, list(steps)))
     for severity in wanted.get('severities', ()):
-        scores = {}
-        for name in CORRUPTIONS:
-            runner._test_loop = TestLoop(
-                runner,
-                runner.build_dataloader(corrupted(plain, name, severity)),
-                runner.build_evaluator(evaluator),
-            )
-            scores[name, severity] = runner.test()[metric]
+        scores = {
+            (name, severity): test(corrupted(plain, name, severity, cache=True))
+            for name in CORRUPTIONS
+        }
         error = summary(1.0, scores, per_cent='mAP' not in metric)['mCE']
         found[f'100 - mCE, severity {severity}'] = 100 - error
     for attack, budgets in wanted.get('attacks', {}).items():
