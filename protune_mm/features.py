@@ -279,6 +279,7 @@ class Site:
         extra_tokens: what extra tokens receive: ``'keep'`` nothing, ``'map'`` their own prompt as
             maps of one pixel, ``'mean'`` the mean of the patches' prompt.
         geometry: how the prompt of a layer is built besides ``channels``, such as its stride.
+        plain: the backbone returns the stage's output as it is before the prompt.
     """
 
     name: str
@@ -290,6 +291,7 @@ class Site:
     extra: int = 0
     extra_tokens: str = 'keep'
     geometry: dict = field(default_factory=dict)
+    plain: bool = False
 
 
 def unexpected_output(name: str, out: object, expected: str) -> str:

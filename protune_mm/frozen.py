@@ -10,6 +10,7 @@ import itertools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map
 
 from .lean import LeanOptions, forget, inputs_channels_last, link, to_stock
 from .stages import find_family
@@ -59,6 +61,12 @@ class State:
     contiguous: bool = False
 
 
+_plain_maps: ContextVar[list[tuple[Tensor, Tensor]] | None] = ContextVar(
+    'protune_mm_plain_maps', default=None
+)
+"""Prompted and plain output of each block whose stage shows the plain one, in this forward."""
+
+
 class PromptedBlock:
     """Mixin for the block that carries a prompt, as its child ``prompt``."""
 
@@ -66,7 +74,11 @@ class PromptedBlock:
         """Run the stock block and join the prompt to its output."""
         out = super().forward(*args, **kwargs)
         site = self._protune_site
-        return site.layout.join(site, self.prompt, out, args, kwargs)
+        joined = site.layout.join(site, self.prompt, out, args, kwargs)
+        plain = _plain_maps.get()
+        if plain is not None and site.plain:
+            plain.append((joined, out))
+        return joined
 
 
 class ProTunedBackbone:
@@ -82,9 +94,9 @@ class ProTunedBackbone:
         lean = None if state.contiguous else state.options.lean
         changed = lean and inputs_channels_last(lean.channels_last, args, kwargs)
         if not changed:
-            return super().forward(*args, **kwargs)
+            return self._protune_forward(*args, **kwargs)
         try:
-            return to_stock(super().forward(*changed[0], **changed[1]))
+            return to_stock(self._protune_forward(*changed[0], **changed[1]))
         except RuntimeError as error:
             if 'view size is not compatible' not in str(error):
                 raise
@@ -95,7 +107,16 @@ class ProTunedBackbone:
                 logger='current',
             )
             state.contiguous = True
-        return super().forward(*args, **kwargs)
+        return self._protune_forward(*args, **kwargs)
+
+    def _protune_forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._protune.options.prompt['features'] == 'prompted':
+            return super().forward(*args, **kwargs)
+        token = _plain_maps.set([])
+        try:
+            return show_plain(self, super().forward(*args, **kwargs), _plain_maps.get())
+        finally:
+            _plain_maps.reset(token)
 
     def train(self, mode: bool = True) -> nn.Module:
         """Set the mode of the prompts; the frozen part stays in evaluation mode.
@@ -157,6 +178,36 @@ class ProTunedBackbone:
             for name, tensor in frozen_tensors(self)
             if getattr(state_dict.get(prefix + name), 'shape', tensor.shape) != tensor.shape
         }
+
+
+def show_plain(backbone: nn.Module, out: Any, plain: list[tuple[Tensor, Tensor]]) -> Any:
+    """What a backbone returns, with the maps of its stages as they are before their prompt.
+
+    Args:
+        backbone: a :class:`ProTunedBackbone` with ``features='plain'``.
+        out: what it returns.
+        plain: prompted and plain output of the blocks at the end of all stages but the last.
+
+    Raises:
+        RuntimeError: it returns none of these outputs itself, but what it computes from them.
+    """
+    replaced = 0
+
+    def replace(x: Any) -> Any:
+        nonlocal replaced
+        for prompted, before in plain:
+            if x is prompted:
+                replaced += 1
+                return before
+        return x
+
+    shown = tree_map(replace, out)
+    if plain and not replaced:
+        raise RuntimeError(
+            f"prompt.features='plain': {type(backbone).__name__} returns no output of a stage "
+            "before the last as it is: use features='prompted'"
+        )
+    return shown
 
 
 def _loads_pretrained(module: nn.Module) -> bool:

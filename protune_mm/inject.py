@@ -36,6 +36,10 @@ from .stages import Family, Stage, find_family, is_theirs, known_families, refus
 from .subclass import add_mixin, stock_type
 
 DEFAULT_PROMPT = dict(type='ProTuningBlock', ratio=8, last='residual', extra_tokens='map')
+PLACED = dict(
+    last=('residual', 'series'), extra_tokens=('map', 'mean'), features=('prompted', 'plain')
+)
+"""What of a prompt's config says how it is placed, and the choices."""
 NAMED_PROMPTS = {'paper': dict(type='ProTuningBlock', last='series')}
 
 
@@ -60,11 +64,14 @@ def protune(
             every block. Else names of stages or of submodules, such as
             ``['layer1', 'layer4']``; needed for a backbone the table does not know.
         prompt: config of the prompt block, any part of
-            ``dict(type='ProTuningBlock', ratio=8, last='residual', extra_tokens='map')``, or
+            ``dict(type='ProTuningBlock', ratio=8, last='residual', extra_tokens='map',
+            features='prompted')``, or
             ``'paper'``. ``last='series'`` (the paper's form) lets the prompt of the last stage
             replace that stage's output; ``'residual'`` adds it. ``extra_tokens`` says what the
             class token receives where a head reads nothing else: ``'map'``, a prompt of its own,
-            or ``'mean'``, the mean of the patches' prompt.
+            or ``'mean'``, the mean of the patches' prompt. ``features='plain'`` gives a neck the
+            outputs of all stages but the last as they are before their prompt, which the next
+            stage alone then reads; for backbones that return these maps themselves.
         lean: frozen layers keep for backward only what their input's gradient needs. True or
             ``'memory'``: least memory; ``'time'``: least time; False: stock layers. Or any part
             of ``dict(prefer='memory', dtype=None, channels_last=None)``, see
@@ -139,7 +146,8 @@ def _prompt_config(prompt: str | dict | None) -> dict:
         config = {**DEFAULT_PROMPT, **given}
     else:
         config = {'last': 'residual', 'extra_tokens': 'map', **given}
-    for key, choices in (('last', ('residual', 'series')), ('extra_tokens', ('map', 'mean'))):
+    config.setdefault('features', 'prompted')
+    for key, choices in PLACED.items():
         if config[key] not in choices:
             raise ValueError(
                 f"prompt.{key}='{config[key]}' is unknown: use one of {', '.join(choices)}"
@@ -199,7 +207,7 @@ def _build_prompt(site: Site, config: dict) -> nn.Module:
 
 def _own_options(config: dict) -> dict:
     """What of a prompt's config the prompt type itself takes."""
-    return {k: v for k, v in config.items() if k not in ('type', 'last', 'extra_tokens')}
+    return {k: v for k, v in config.items() if k != 'type' and k not in PLACED}
 
 
 def _prompt_class(config: dict) -> type[nn.Module]:
@@ -336,6 +344,7 @@ def _sites(module: nn.Module, options: Options) -> list[Site]:
             channels=family.channels(block) if known and family.channels else 0,
             layout=family.layout_of(module, block) if known else Unknown(),
             series=options.prompt['last'] == 'series' and path == last_block,
+            plain=options.prompt['features'] == 'plain' and path != last_block,
         )
         if known:
             read = path == last_block and family.reads_extra(module)
@@ -370,8 +379,9 @@ def _layer_sites(
             f"prompt.type='{name}' needs to know the blocks of {type(module).__name__}: add a row, "
             'see docs/add_a_backbone.md'
         )
-    if options.prompt['last'] == 'series':
-        raise ValueError(f"prompt.last='series': prompt.type='{name}' runs beside layers")
+    for key, choice in (('last', 'series'), ('features', 'plain')):
+        if options.prompt[key] == choice:
+            raise ValueError(f"prompt.{key}='{choice}': prompt.type='{name}' runs beside layers")
     blocks = _blocks(module, table, options.stages)
     found = {}
     for block in blocks:

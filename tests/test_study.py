@@ -232,3 +232,16 @@ def test_the_verdict(parts):
     assert 'Mean over these places, ahead of full fine-tuning: -0.50.' in text
     # A method with runs missing: no verdict yet.
     assert parts['report'].verdict(parts['report'].cells(Plan, lines[:-1])) == []
+
+
+@pytest.mark.parametrize('name', ['cpu', 'gpu', 'ablation'])
+def test_the_studies_of_the_repository_read(name, monkeypatch):
+    monkeypatch.syspath_prepend('tools')
+    from study_parts.plan import Run, Study
+
+    study = Study(f'configs/study/{name}.py')
+    runs = study.runs()
+    assert len({run.key for run in runs}) == len(runs)
+    assert all(Run.of(run.key) == run for run in runs)
+    settings = {(run.task, run.method): study.setting(run) for run in runs}
+    assert len(set(settings.values())) == len(settings)

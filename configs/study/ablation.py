@@ -3,7 +3,6 @@
 #     python tools/study.py configs/study/ablation.py --results ablations.jsonl
 _base_ = ['./cpu.py']
 
-lrs = [1e-3, 3e-3, 1e-2]
 tasks = dict(_delete_=True, flowers5=dict(_base_.tasks.flowers5, fractions=[0.05]))
 gn = dict(type='GN', num_groups=1)
 norm = dict(hidden=48, norm_cfg=gn)
@@ -26,5 +25,7 @@ variants = {
     'norm-random': dict(stages='blocks', prompt=dict(norm, zero_init=False, scale=0.1)),
     'norm-series': dict(stages='blocks', prompt=dict(norm, last='series')),
     'norm-rate3': dict(stages='blocks', prompt=norm, prompt_lr_mult=3.0),
+    'norm-rate0.3': dict(stages='blocks', prompt=norm, prompt_lr_mult=0.3),
+    'norm-hidden24': dict(stages='blocks', prompt=dict(norm, hidden=24)),
 }
 methods = list(variants)
