@@ -64,10 +64,10 @@ def test_every_prompt_has_a_gradient(library, family, lean):
 
 
 def test_prompts_of_layers_have_no_plain_features():
-    with pytest.raises(ValueError, match="features='plain'"):
+    with pytest.raises(ValueError, match=r"features='plain'"):
         pair(*RESNET, prompt=dict(type='LoRA', features='plain'))
 
 
 def test_unknown_choice():
-    with pytest.raises(ValueError, match="prompt.features='raw' is unknown: use one of prompted"):
+    with pytest.raises(ValueError, match=r"prompt\.features='raw' is unknown: use one of prompted"):
         pair(*RESNET, prompt=dict(features='raw'))

@@ -46,6 +46,7 @@ tasks = {
     'flowers5-robust': dict(
         flowers5,
         fractions=[1.0],
+        steps=150,
         scenarios=dict(
             every=6,
             severities=[3],
