@@ -1,7 +1,7 @@
 # CIFAR-10, enlarged to what the weights were trained on; every tenth training image validates.
-_base_ = ['./_base_/resnet50.py']
+_base_ = ['./_base_/no_validation_split.py']
 
-images = dict(type='CIFAR10', data_root='data/cifar10', split='train')
+images = dict(type='CIFAR10', data_root='data/cifar10')
 model = dict(head=dict(num_classes=10))
 # Its images are RGB already.
 data_preprocessor = dict(num_classes=10, to_rgb=False)
@@ -16,30 +16,10 @@ test_pipeline = [
     dict(type='PackInputs'),
 ]
 train_dataloader = dict(
-    batch_size=64,
-    dataset=dict(
-        _delete_=True,
-        type='protune_mm.FewLabels',
-        fraction=0.9,
-        dataset=dict(pipeline=train_pipeline, **images),
-    ),
+    dataset=dict(dataset=dict(split='train', pipeline=train_pipeline, **images)),
 )
 val_dataloader = dict(
-    dataset=dict(
-        _delete_=True,
-        type='protune_mm.FewLabels',
-        fraction=0.9,
-        rest=True,
-        dataset=dict(pipeline=test_pipeline, **images),
-    ),
+    dataset=dict(dataset=dict(split='train', pipeline=test_pipeline, **images)),
 )
-test_dataloader = dict(
-    dataset=dict(
-        _delete_=True,
-        type='CIFAR10',
-        data_root='data/cifar10',
-        split='test',
-        pipeline=test_pipeline,
-    ),
-)
+test_dataloader = dict(dataset=dict(split='test', pipeline=test_pipeline, **images))
 train_cfg = dict(max_epochs=20)

@@ -1,45 +1,9 @@
-# CIFAR-100, enlarged to what the weights were trained on; every tenth training image validates.
-_base_ = ['./_base_/resnet50.py']
+# CIFAR-100, as CIFAR-10.
+_base_ = ['./resnet50_protune_cifar10.py']
 
-images = dict(type='CIFAR100', data_root='data/cifar100', split='train')
+images = dict(type='CIFAR100', data_root='data/cifar100')
 model = dict(head=dict(num_classes=100))
-# Its images are RGB already.
-data_preprocessor = dict(num_classes=100, to_rgb=False)
-train_pipeline = [
-    dict(type='RandomCrop', crop_size=32, padding=4),
-    dict(type='RandomFlip', prob=0.5, direction='horizontal'),
-    dict(type='Resize', scale=224, interpolation='bicubic'),
-    dict(type='PackInputs'),
-]
-test_pipeline = [
-    dict(type='Resize', scale=224, interpolation='bicubic'),
-    dict(type='PackInputs'),
-]
-train_dataloader = dict(
-    batch_size=64,
-    dataset=dict(
-        _delete_=True,
-        type='protune_mm.FewLabels',
-        fraction=0.9,
-        dataset=dict(pipeline=train_pipeline, **images),
-    ),
-)
-val_dataloader = dict(
-    dataset=dict(
-        _delete_=True,
-        type='protune_mm.FewLabels',
-        fraction=0.9,
-        rest=True,
-        dataset=dict(pipeline=test_pipeline, **images),
-    ),
-)
-test_dataloader = dict(
-    dataset=dict(
-        _delete_=True,
-        type='CIFAR100',
-        data_root='data/cifar100',
-        split='test',
-        pipeline=test_pipeline,
-    ),
-)
-train_cfg = dict(max_epochs=20)
+data_preprocessor = dict(num_classes=100)
+train_dataloader = dict(dataset=dict(dataset=images))
+val_dataloader = dict(dataset=dict(dataset=images))
+test_dataloader = dict(dataset=images)

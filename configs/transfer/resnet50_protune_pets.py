@@ -1,33 +1,9 @@
 # Oxford-IIIT Pets: 37 classes; every tenth training image validates.
-_base_ = ['./_base_/resnet50.py']
+_base_ = ['./_base_/no_validation_split.py']
 
-images = dict(type='OxfordIIITPet', data_root='data/Oxford-IIIT_Pets', split='trainval')
+images = dict(type='OxfordIIITPet', data_root='data/Oxford-IIIT_Pets')
 model = dict(head=dict(num_classes=37))
 data_preprocessor = dict(num_classes=37)
-train_dataloader = dict(
-    batch_size=64,
-    dataset=dict(
-        _delete_=True,
-        type='protune_mm.FewLabels',
-        fraction=0.9,
-        dataset=dict(pipeline=_base_.train_pipeline, **images),
-    ),
-)
-val_dataloader = dict(
-    dataset=dict(
-        _delete_=True,
-        type='protune_mm.FewLabels',
-        fraction=0.9,
-        rest=True,
-        dataset=dict(pipeline=_base_.test_pipeline, **images),
-    ),
-)
-test_dataloader = dict(
-    dataset=dict(
-        _delete_=True,
-        type='OxfordIIITPet',
-        data_root='data/Oxford-IIIT_Pets',
-        split='test',
-        pipeline=_base_.test_pipeline,
-    ),
-)
+train_dataloader = dict(dataset=dict(dataset=dict(split='trainval', **images)))
+val_dataloader = dict(dataset=dict(dataset=dict(split='trainval', **images)))
+test_dataloader = dict(dataset=dict(split='test', **images))

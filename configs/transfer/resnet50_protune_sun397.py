@@ -1,33 +1,9 @@
 # SUN397: 397 classes; every tenth training image validates.
-_base_ = ['./_base_/resnet50.py']
+_base_ = ['./_base_/no_validation_split.py']
 
-images = dict(type='SUN397', data_root='data/SUN397', split='train')
+images = dict(type='SUN397', data_root='data/SUN397')
 model = dict(head=dict(num_classes=397))
 data_preprocessor = dict(num_classes=397)
-train_dataloader = dict(
-    batch_size=64,
-    dataset=dict(
-        _delete_=True,
-        type='protune_mm.FewLabels',
-        fraction=0.9,
-        dataset=dict(pipeline=_base_.train_pipeline, **images),
-    ),
-)
-val_dataloader = dict(
-    dataset=dict(
-        _delete_=True,
-        type='protune_mm.FewLabels',
-        fraction=0.9,
-        rest=True,
-        dataset=dict(pipeline=_base_.test_pipeline, **images),
-    ),
-)
-test_dataloader = dict(
-    dataset=dict(
-        _delete_=True,
-        type='SUN397',
-        data_root='data/SUN397',
-        split='test',
-        pipeline=_base_.test_pipeline,
-    ),
-)
+train_dataloader = dict(dataset=dict(dataset=dict(split='train', **images)))
+val_dataloader = dict(dataset=dict(dataset=dict(split='train', **images)))
+test_dataloader = dict(dataset=dict(split='test', **images))
