@@ -39,7 +39,7 @@ DEFAULT_PROMPT = dict(type='ProTuningBlock', ratio=8, last='residual', extra_tok
 PLACED = dict(
     last=('residual', 'series'), extra_tokens=('map', 'mean'), features=('prompted', 'plain')
 )
-"""What of a prompt's config says how it is placed, and the choices."""
+"""What of a prompt's config says how it is placed, and the choices, the default first."""
 NAMED_PROMPTS = {'paper': dict(type='ProTuningBlock', last='series')}
 
 
@@ -143,10 +143,8 @@ def _prompt_config(prompt: str | dict | None) -> dict:
         prompt = NAMED_PROMPTS[prompt]
     given = ConfigDict(prompt or {}).to_dict()
     if given.get('type', DEFAULT_PROMPT['type']) == DEFAULT_PROMPT['type']:
-        config = {**DEFAULT_PROMPT, **given}
-    else:
-        config = {'last': 'residual', 'extra_tokens': 'map', **given}
-    config.setdefault('features', 'prompted')
+        given = {**DEFAULT_PROMPT, **given}
+    config = {**{key: choices[0] for key, choices in PLACED.items()}, **given}
     for key, choices in PLACED.items():
         if config[key] not in choices:
             raise ValueError(

@@ -16,7 +16,7 @@ tasks = {
             **_base_.flowers5.cfg_options,
             'train_dataloader.dataset.indices': [i for i in range(3457) if i % 10 > 2],
             'val_dataloader.dataset.indices': [i for i in range(3457) if i % 10 <= 2],
-            # Nothing is read from the test split here.
+            # No test score is shown here: a few images will do.
             'test_dataloader.dataset.indices': list(range(0, 863, 50)),
         },
     ),
@@ -35,7 +35,7 @@ variants = {
     'blocks-hidden48-fan-in': dict(stages='blocks', prompt=dict(hidden=48, init_mode='fan_in')),
     'norm': dict(stages='blocks', prompt=norm),
     'norm-linear': dict(stages='blocks', prompt=dict(norm, act_cfg=None)),
-    'norm-relu': dict(stages='blocks', prompt=dict(norm, act_cfg=dict(type='ReLU'))),
+    'norm-relu': dict(stages='blocks', prompt=dict(norm, act_cfg=relu)),
     'norm-kernel3': dict(stages='blocks', prompt=dict(norm, kernel_size=3)),
     'norm-kernel7': dict(stages='blocks', prompt=dict(norm, kernel_size=7)),
     'norm-dense': dict(stages='blocks', prompt=dict(norm, hidden=16, depthwise=False)),

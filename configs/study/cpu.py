@@ -73,6 +73,13 @@ tasks = {
         config='configs/small/vit-s_protune_flowers5.py',
         backbone='ViT-S',
         fractions=[0.2],
+        # A multiple of its patches of 14 pixels.
+        cfg_options={
+            **flowers5['cfg_options'],
+            'train_dataloader.dataset.pipeline.1.scale': 84,
+            'val_dataloader.dataset.pipeline.1.scale': (84, 84),
+            'test_dataloader.dataset.pipeline.1.scale': (84, 84),
+        },
         lrs=[1e-4, 3e-4, 1e-3, 3e-3],
     ),
     'camvid-r18': dict(
