@@ -1,5 +1,6 @@
 """Pro-tuning for MMDetection, MMSegmentation and MMPretrain."""
 
+from .checkpoints import tuned_state_dict
 from .config import load_config, overlay, protune_config
 from .factory import ProTuned
 from .frozen import tuned_parameters
@@ -16,4 +17,5 @@ __all__ = [
     'protune',
     'protune_config',
     'tuned_parameters',
+    'tuned_state_dict',
 ]

@@ -9,12 +9,17 @@ from __future__ import annotations
 import collections
 import importlib
 import pickle
+import re
+import zipfile
+import zlib
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from pathlib import Path
 
 import numpy as np
 import torch
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging.history_buffer import HistoryBuffer
+from mmengine.runner.checkpoint import CheckpointLoader
 
 STACK = ('torch', 'torchvision', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain')
 """Import names of the packages whose versions decide how a model behaves."""
@@ -63,8 +68,7 @@ def allow_checkpoint_types() -> None:
     ``message_hub``. The types allowed here hold numbers only; nothing that runs code on reading
     is allowed.
     """
-    major, minor = (int(part) for part in torch.__version__.split('.')[:2])
-    if (major, minor) < (2, 6):
+    if _torch_version() < (2, 6):
         return  # The default is weights_only=False there.
     core = importlib.import_module(
         'numpy._core.multiarray' if hasattr(np, '_core') else 'numpy.core.multiarray'
@@ -96,5 +100,65 @@ def history_statistic(owner: object, name: str) -> object:
 HISTORY_STATISTICS = ('min', 'max', 'current', 'mean', 'statistics')
 
 
+def load_local_checkpoint(filename: str, map_location: object = None) -> object:
+    """Read a checkpoint file without running code in it, and say so if it is damaged.
+
+    mmengine's own calls ``torch.load``, which compares no checksums: a file in which some bits
+    changed would be a wrong model.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is empty, cut short or damaged, or holds more than tensors and numbers.
+    """
+    path = Path(filename).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f'{filename} can not be found.')
+    wrong = damage(path)
+    if wrong:
+        raise ValueError(f'checkpoint {path} cannot be read: {wrong}; use another copy of it')
+    safe = dict(weights_only=True) if _torch_version() >= (2, 6) else {}
+    try:
+        return torch.load(path, map_location=map_location, **safe)
+    except (pickle.UnpicklingError, EOFError, KeyError, RuntimeError) as error:
+        told = str(error)
+        if 'WeightsUnpickler' in told or 'weights_only' in told or 'Weights only' in told:
+            asked = re.search(r'GLOBAL ([\w.]+)', told)
+            what = f'asks for {asked[1]}' if asked else 'holds more than tensors and numbers'
+            raise ValueError(
+                f'checkpoint {path} {what}, which could run any code, and is not read; if you '
+                'trust it: torch.serialization.add_safe_globals'
+            ) from error
+        raise ValueError(f'checkpoint {path} cannot be read: {told.splitlines()[0]}') from error
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint file, or None.
+
+    ``torch.load`` does not compare the checksums that ``torch.save`` writes.
+
+    Args:
+        path: a file. One in PyTorch's old format has no checksums.
+    """
+    size = path.stat().st_size
+    if size == 0:
+        return 'it is empty'
+    if not zipfile.is_zipfile(path):
+        with path.open('rb') as file:
+            # Pickle, as of torch below 1.6, starts with \x80; a zip archive cut short is none.
+            start = file.read(1)
+        return None if start == b'\x80' else 'it is no checkpoint, or cut short'
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, OSError, NotImplementedError, RuntimeError) as error:
+        return f'it is damaged ({error})'
+    return f'its part {broken} is damaged' if broken else None
+
+
+def _torch_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in torch.__version__.split('.')[:2])
+
+
 register_config_packages()
+CheckpointLoader.register_scheme(prefixes='', loader=load_local_checkpoint, force=True)
 allow_checkpoint_types()

@@ -13,7 +13,14 @@ from . import registry  # noqa: F401  (makes protune_mm::... paths resolve)
 from .factory import _is_protuned
 from .stages import LIBRARIES
 
-DEFAULTS = dict(stages=None, prompt=None, lean=True, policy='prompts', require_weights=False)
+DEFAULTS = dict(
+    stages=None,
+    prompt=None,
+    lean=True,
+    policy='prompts',
+    require_weights=False,
+    base_checkpoint=None,
+)
 """Options of :func:`protune_mm.ProTuned` with their defaults, in the order they are written."""
 OPTIONS = tuple(DEFAULTS)
 

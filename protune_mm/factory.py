@@ -23,6 +23,7 @@ def ProTuned(  # noqa: N802  (a registered type, spelled like one)
     lean: bool | str | dict = True,
     policy: str = 'prompts',
     require_weights: bool = False,
+    base_checkpoint: str | None = None,
     **backbone: Any,
 ) -> nn.Module:
     """Build a stock backbone and Pro-tune it.
@@ -32,7 +33,7 @@ def ProTuned(  # noqa: N802  (a registered type, spelled like one)
     Args:
         base: type of the stock backbone; without a prefix it is looked up in the current scope,
             as in a stock config.
-        stages: see :func:`protune_mm.protune`, as all options down to ``require_weights``.
+        stages: see :func:`protune_mm.protune`, as all options down to ``base_checkpoint``.
         prompt: see there.
         lean: see there.
         policy: see there.
@@ -63,6 +64,7 @@ def ProTuned(  # noqa: N802  (a registered type, spelled like one)
         require_weights=require_weights,
         # Built just now, so its weights are still random: somebody has to load them.
         weights_given=False,
+        base_checkpoint=base_checkpoint,
     )
 
 

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
+from .base_weights import provide, wrong_base
+from .identity import Identity, fingerprint, identifying
 from .lean import LeanOptions, forget, inputs_channels_last, link, to_stock
 from .stages import find_family
 from .subclass import add_mixin, stock_type
@@ -50,6 +52,12 @@ class State:
         initialized: its prompts have been given their start by ``init_weights``.
         contiguous: it runs on contiguous maps: its forward cannot run on others, or nobody has
             looked whether it can.
+        base_checkpoint: where its user says that its base lies, for checkpoints without it.
+        origin: where its base came from, where that is known from loading; see
+            :class:`protune_mm.identity.Identity`.
+        placed: what decides what its prompts compute, as checkpoints keep it.
+        told: what the checkpoint that is being loaded says of its base.
+        fingerprint: of its frozen weights, behind what it was computed for.
     """
 
     options: Options
@@ -59,6 +67,11 @@ class State:
     loads: LoadRecord = field(default_factory=LoadRecord)
     initialized: bool = False
     contiguous: bool = False
+    base_checkpoint: str | None = None
+    origin: dict = field(default_factory=dict)
+    placed: dict = field(default_factory=dict)
+    told: Identity | None = None
+    fingerprint: tuple = ()
 
 
 _plain_maps: ContextVar[list[tuple[Tensor, Tensor]] | None] = ContextVar(
@@ -161,9 +174,24 @@ class ProTunedBackbone:
                     prompt.init_weights()
             self._protune.initialized = True
 
+    def protune_fingerprint(self) -> str:
+        """32 hexadecimal digits that stand for every bit of the frozen weights."""
+        found = list(identifying(self, frozen_tensors(self)))
+        stamp = [(name, id(t), t.data_ptr(), t._version, t.dtype) for name, t in found]
+        if not self._protune.fingerprint or self._protune.fingerprint[0] != stamp:
+            self._protune.fingerprint = (stamp, fingerprint(found))
+        return self._protune.fingerprint[1]
+
     def _load_from_state_dict(
         self, state_dict: dict, prefix: str, metadata: dict, *args: Any
     ) -> None:
+        told = Identity.pop(state_dict, prefix)
+        if told is not None:
+            check_tuned(self, told, state_dict, prefix)
+            lacking = (prefix + name not in state_dict for name, _ in frozen_tensors(self))
+            if any(lacking):
+                provide(self, told)
+        self._protune.told = told
         self._protune.loads.prefix = prefix
         # mmpretrain's Swin converts old checkpoints only if `self.__class__ is SwinTransformer`.
         cls = self.__class__
@@ -178,6 +206,45 @@ class ProTunedBackbone:
             for name, tensor in frozen_tensors(self)
             if getattr(state_dict.get(prefix + name), 'shape', tensor.shape) != tensor.shape
         }
+
+
+def check_tuned(backbone: nn.Module, told: Identity, state_dict: dict, prefix: str) -> None:
+    """Refuse a checkpoint whose prompts are not those of a backbone, before anything is loaded.
+
+    Stock loading only logs keys that are missing or of another shape.
+
+    Args:
+        backbone: a :class:`ProTunedBackbone`.
+        told: what the checkpoint says.
+        state_dict: the checkpoint's.
+        prefix: name of the backbone inside the model, with a dot at its end.
+
+    Raises:
+        ValueError: they were tuned with other options, lack some parameter, or have another shape.
+    """
+    mine = backbone._protune.placed
+    kind = type(backbone).__name__
+    # The type first: where it differs, so do its places and its options.
+    for key in sorted({*mine, *told.options}, key=lambda key: (key != 'prompt.type', key)):
+        if mine.get(key) != told.options.get(key):
+            raise ValueError(
+                f'the checkpoint was tuned with {key}={told.options.get(key)!r}, but this {kind} '
+                f'has {key}={mine.get(key)!r}: build it with the options of the checkpoint'
+            )
+    tuned = tuned_state(backbone)
+    for name, tensor in tuned.items():
+        there = state_dict.get(prefix + name)
+        if there is None:
+            raise ValueError(f"the checkpoint lacks '{prefix}{name}' of this {kind}")
+        if there.shape != tensor.shape:
+            raise ValueError(
+                f"the checkpoint has '{prefix}{name}' of shape {tuple(there.shape)}, this {kind} "
+                f'of {tuple(tensor.shape)}'
+            )
+    inside = tuple(f'{prefix}{name}.' for name in prompts(backbone))
+    for name in state_dict:
+        if name.startswith(inside) and name.removeprefix(prefix) not in tuned:
+            raise ValueError(f"the checkpoint has '{name}', which this {kind} has not")
 
 
 def show_plain(backbone: nn.Module, out: Any, plain: list[tuple[Tensor, Tensor]]) -> Any:
@@ -273,6 +340,17 @@ def tuned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
             if inside or name in state.parameters:
                 tuned[f'{prefix}.{name}'.lstrip('.')] = parameter
     return tuned
+
+
+def tuned_state(backbone: nn.Module) -> dict[str, Tensor]:
+    """What of a backbone's ``state_dict`` is not frozen, as the tensors themselves.
+
+    Args:
+        backbone: a :class:`ProTunedBackbone`.
+    """
+    frozen = {id(tensor) for _, tensor in frozen_tensors(backbone)}
+    state = backbone.state_dict(keep_vars=True)
+    return {key: tensor for key, tensor in state.items() if id(tensor) not in frozen}
 
 
 def backbones(model: nn.Module) -> dict[str, nn.Module]:
@@ -384,6 +462,15 @@ def _after_load(module: nn.Module, incompatible: Any) -> None:
     missing = set(incompatible.missing_keys)
     # Some layers keep what they computed from their weights when they were last told the mode.
     module.train(any(trained.training for trained in trained_modules(module).values()))
+    told, module._protune.told = module._protune.told, None
+    if told is not None:
+        if module.protune_fingerprint() != told.fingerprint:
+            raise RuntimeError(wrong_base(module, told))
+        module._protune.origin = module._protune.origin or told.origin
+        frozen = {f'{loads.prefix}{name}' for name, _ in frozen_tensors(module)}
+        keep = [key for key in incompatible.missing_keys if key not in frozen]
+        incompatible.missing_keys[:] = keep
+        missing -= frozen
     loads.note([name for name, _ in frozen_tensors(module)], missing, incompatible.unexpected_keys)
     if mine and missing.issuperset(mine):
         keep = [key for key in incompatible.missing_keys if key not in set(mine)]

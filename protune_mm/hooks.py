@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 
 import torch
@@ -20,6 +19,7 @@ from .frozen import (
     prompt_parameters,
     tuned_parameters,
 )
+from .identity import digest
 from .registry import HOOKS
 from .report import parameter_line
 
@@ -137,15 +137,53 @@ class FrozenGuardHook(Hook):
         self._handles = []
 
 
+@HOOKS.register_module()
+class FiniteLossHook(Hook):
+    """End a training whose loss is infinite or no number, with one clear error.
+
+    Losses are looked at together, so that a GPU is not waited for at every step.
+
+    Args:
+        interval: steps between two looks. Default 50; the last step of the training is one.
+    """
+
+    priority = 'NORMAL'
+
+    def __init__(self, interval: int = 50) -> None:
+        self.interval = interval
+        self._bad: Tensor | None = None
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: object = None, outputs: dict | None = None
+    ) -> None:
+        """Note the loss, and look at those noted every ``interval`` steps.
+
+        Raises:
+            RuntimeError: one of them is infinite or no number.
+        """
+        loss = (outputs or {}).get('loss')
+        if isinstance(loss, Tensor):
+            bad = ~torch.isfinite(loss.detach()).all()
+            self._bad = bad if self._bad is None else self._bad | bad
+        if self.every_n_train_iters(runner, self.interval) or self.is_last_train_iter(runner):
+            self.look(runner)
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Look before a checkpoint is written."""
+        self.look(runner)
+
+    def look(self, runner: Runner) -> None:
+        """Raise if a loss since the last look was no number."""
+        bad, self._bad = self._bad, None
+        if bad is not None and bool(bad):
+            raise RuntimeError(
+                f'the loss became infinite or no number within the last {self.interval} steps '
+                f'before step {runner.iter + 1}: the training has diverged; the checkpoints '
+                f'written before are in {runner.work_dir}; use a lower learning rate'
+            )
+
+
 _CAUSE = 'a hook, an optimizer or a custom train() of this project touches the frozen backbone'
-
-
-def digest(tensor: Tensor) -> bytes:
-    """16 bytes that depend on every bit, the shape and the dtype of a tensor."""
-    flat = tensor.detach().to('cpu').contiguous().reshape(-1)
-    h = hashlib.blake2b(f'{tensor.dtype}{tuple(tensor.shape)}'.encode(), digest_size=16)
-    h.update(flat.view(torch.uint8).numpy())
-    return h.digest()
 
 
 def _guarded_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

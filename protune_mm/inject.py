@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import json
 import logging
 from dataclasses import replace
 
@@ -52,6 +53,7 @@ def protune(
     policy: str = 'prompts',
     require_weights: bool = False,
     weights_given: bool = True,
+    base_checkpoint: str | None = None,
 ) -> nn.Module:
     """Freeze a backbone exactly and add a trainable prompt block after its stages.
 
@@ -83,6 +85,9 @@ def protune(
         require_weights: a frozen backbone without loaded weights is an error, not a warning.
         weights_given: the module holds its pre-trained weights already. Default True: they are
             kept, also by ``init_weights``, and not asked for.
+        base_checkpoint: path or address of the pre-trained weights, for a checkpoint of prompts
+            that is loaded before these weights are there. Default None: ``init_cfg`` of the
+            backbone, else what the checkpoint names, if that is a model zoo.
 
     Returns:
         The same module.
@@ -130,7 +135,38 @@ def protune(
         block.lean = lean_as is not None
         _attach(module, site, block.to(**home))
     freeze(module, options, weights_given, mode, blocks, parameters)
+    module._protune.base_checkpoint = base_checkpoint
+    module._protune.placed = placed_options(options, sites)
     return module
+
+
+def placed_options(options: Options, sites: list[Site]) -> dict:
+    """What decides what prompts compute besides their weights, as a checkpoint keeps it.
+
+    Args:
+        options: how the backbone is Pro-tuned.
+        sites: where its prompts are.
+
+    Returns:
+        dict: of plain values: policy, names of the prompted blocks, and the prompt's options with
+        their defaults, but for those that only choose its start.
+    """
+    placed = dict(policy=options.policy)
+    if options.lean is not None and options.lean.dtype:
+        placed['lean.dtype'] = options.lean.dtype
+    if sites:
+        cls = _prompt_class(options.prompt)
+        placed['blocks'] = [site.block for site in sites]
+        placed['prompt.type'] = cls.__name__
+        own = {
+            name: parameter.default
+            for name, parameter in inspect.signature(cls).parameters.items()
+            if parameter.default is not inspect.Parameter.empty
+        }
+        own |= {key: value for key, value in options.prompt.items() if key != 'type'}
+        for key in own.keys() - set(getattr(cls, 'start_only', ('zero_init',))):
+            placed[f'prompt.{key}'] = own[key]
+    return json.loads(json.dumps(placed, sort_keys=True, default=str))
 
 
 def _prompt_config(prompt: str | dict | None) -> dict:

@@ -24,7 +24,12 @@ DATASETS = Registry(
     scope='protune_mm',
     locations=['protune_mm.datasets', 'protune_mm.robustness'],
 )
-HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='protune_mm', locations=['protune_mm.hooks'])
+HOOKS = Registry(
+    'hook',
+    parent=MMENGINE_HOOKS,
+    scope='protune_mm',
+    locations=['protune_mm.hooks', 'protune_mm.checkpoints', 'protune_mm.resume'],
+)
 METRICS = Registry(
     'metric', parent=MMENGINE_METRICS, scope='protune_mm', locations=['protune_mm.robustness']
 )

@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import fcntl
 import functools
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.dist import is_distributed
+from mmengine.dist import is_distributed, is_main_process
+from mmengine.hooks import CheckpointHook
 from mmengine.model import MMDistributedDataParallel, is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from .checkpoints import (
+    FillBaseHook,
+    SafeCheckpointHook,
+    TunedCheckpointHook,
+    last_good_checkpoint,
+    note_origin,
+    put_in_place,
+)
 from .config import is_protuned, resolve
 from .frozen import backbones
-from .hooks import FrozenGuardHook
+from .hooks import FiniteLossHook, FrozenGuardHook
 from .optim import wrap_constructor
 from .registry import RUNNERS
+from .resume import ExactResumeHook, PreemptionHook
+
+STOCK_CHECKPOINT_HOOK = ('CheckpointHook', 'mmengine.CheckpointHook', CheckpointHook)
+LOCK = '.training'
+"""Name of the file in a work folder that a running training holds locked."""
 
 
 @RUNNERS.register_module()
@@ -87,6 +107,10 @@ class ProTuneRunner(Runner):
         mmengine's own is reentrant: a region whose input needs no gradient, a frozen stem and a
         prompt, say, would get none, with only a warning.
         """
+        with locked(self.work_dir):
+            return self._train()
+
+    def _train(self) -> nn.Module:
         names = self.cfg.get('activation_checkpointing', None)
         if names is None:
             return super().train()
@@ -100,11 +124,99 @@ class ProTuneRunner(Runner):
             self.cfg.activation_checkpointing = names
 
     def register_hooks(self, default_hooks: Any = None, custom_hooks: Any = None) -> None:
-        """Register the config's hooks, and the guard where the config does not name it."""
+        """Register the config's hooks, and those of ours that the config does not name.
+
+        The checkpoint hook is ours, too, where the config names the stock one.
+        """
+        default_hooks = dict(default_hooks or {})
+        default_hooks.setdefault('checkpoint', dict(type='CheckpointHook'))
+        checkpoint = default_hooks['checkpoint']
+        if isinstance(checkpoint, dict) and checkpoint.get('type', None) in STOCK_CHECKPOINT_HOOK:
+            default_hooks['checkpoint'] = dict(checkpoint, type=SafeCheckpointHook)
         super().register_hooks(default_hooks, custom_hooks)
-        guarded = any(isinstance(hook, FrozenGuardHook) for hook in self.hooks)
-        if backbones(self.model) and not guarded:
-            self.register_hook(FrozenGuardHook())
+        hooks = [ExactResumeHook, PreemptionHook, FiniteLossHook]
+        if backbones(self.model):
+            hooks += [FrozenGuardHook, FillBaseHook, TunedCheckpointHook]
+        for hook in hooks:
+            if not any(isinstance(there, hook) for there in self.hooks):
+                self.register_hook(hook())
+
+    def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> dict:
+        """Load a checkpoint, and note that the base came from it if it did."""
+        checkpoint = super().load_checkpoint(filename, *args, **kwargs)
+        note_origin(self.model, checkpoint, filename)
+        return checkpoint
+
+    def load_or_resume(self) -> None:
+        """Load or resume; ``resume`` without a file finds the newest checkpoint that is whole.
+
+        mmengine takes what the file ``last_checkpoint`` names, which a crash may have left behind
+        empty, or of a checkpoint that was being written.
+        """
+        if self._resume and self._load_from is None and not self._has_loaded:
+            self._load_from = last_good_checkpoint(self.work_dir)
+            if self._load_from is None:
+                self.logger.info(f'no checkpoint in {self.work_dir}: starting anew')
+                # Not a resumed training: its hooks are not to wait for a checkpoint.
+                self._resume = False
+                return
+            self.logger.info(f'resuming from the latest checkpoint {self._load_from}')
+        super().load_or_resume()
+
+    def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
+        """Save a checkpoint so that a crash leaves the old file or the new one, whole.
+
+        Raises:
+            RuntimeError: it could not be written. What was there before still is.
+        """
+        if '://' in str(out_dir) or not is_main_process():
+            super().save_checkpoint(out_dir, filename, *args, **kwargs)
+            return
+        path = Path(out_dir, filename)
+        partial = path.with_name(f'.{path.name}.partial')
+        try:
+            super().save_checkpoint(out_dir, partial.name, *args, **kwargs)
+            put_in_place(partial, path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise RuntimeError(
+                f'{path} could not be written ({error.strerror or error}): earlier checkpoints '
+                'are still there; make room and go on with --resume'
+            ) from error
+
+
+@contextlib.contextmanager
+def locked(folder: str) -> Iterator[None]:
+    """Hold a work folder for one training; the lock goes with the process, however it ends.
+
+    Args:
+        folder: the Runner's ``work_dir``.
+
+    Raises:
+        RuntimeError: another training writes there.
+    """
+    if not is_main_process():
+        yield
+        return
+    path = Path(folder, LOCK)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open('a+') as file:
+        try:
+            # Of this process alone: data workers, which may outlive it, do not inherit it.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise RuntimeError(
+                f'another training ({file.read().strip()}) writes to {folder}: stop it, or choose '
+                'another --work-dir'
+            ) from None
+        except OSError:  # A file system without locks.
+            yield
+            return
+        file.truncate(0)
+        file.write(f'process {os.getpid()} on {socket.gethostname()}')
+        file.flush()
+        yield
 
 
 def checkpoint_activations(module: nn.Module) -> None:

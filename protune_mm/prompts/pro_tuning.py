@@ -50,9 +50,11 @@ class ProTuningBlock(BaseModule):
     Attributes:
         lean: compute normalization and activation again in backward instead of keeping their
             output. Set by :func:`protune_mm.protune`.
+        start_only: options that choose how it starts, not what it computes.
     """
 
     lean = True
+    start_only = ('zero_init', 'init_mode')
 
     def __init__(
         self,

@@ -1,0 +1,185 @@
+"""Where the weights of a frozen base come from, and how a backbone gets them when it loads prompts.
+
+A checkpoint of prompts alone says which base they belong to. Stock ``test.py`` and the inferencers
+build a model and load that file, nothing else: so the backbone itself fetches its base.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import ConfigDict
+from mmengine.logging import print_log
+from mmengine.runner.checkpoint import CheckpointLoader, load_state_dict
+from torch import nn
+
+from .identity import Identity, describe
+
+BASE = 'PROTUNE_BASE'
+"""Environment variable: path or address of the base, instead of what a checkpoint names."""
+ALLOW = 'PROTUNE_ALLOW_ORIGIN'
+"""Environment variable: set to 1 to follow any address that a checkpoint names."""
+ZOO = (
+    'torchvision://',
+    'modelzoo://',
+    'open-mmlab://',
+    'openmmlab://',
+    'mmcls://',
+    'https://download.openmmlab.com/',
+    'https://download.pytorch.org/',
+)
+"""Addresses that are followed without asking: the model zoos of PyTorch and OpenMMLab."""
+
+_own_files: ContextVar[bool] = ContextVar('protune_mm_own_files', default=False)
+
+
+@contextmanager
+def own_files(trust: bool = True) -> Any:
+    """Trust local paths in checkpoints for a while: a training resumes what it wrote itself."""
+    token = _own_files.set(trust)
+    try:
+        yield
+    finally:
+        _own_files.reset(token)
+
+
+def origin_of(backbone: nn.Module) -> dict:
+    """Where a backbone's own config says that its weights come from; empty: nowhere."""
+    rules = getattr(backbone, 'init_cfg', None) or []
+    for rule in [rules] if isinstance(rules, dict) else rules:
+        address = rule.get('checkpoint')
+        if address:
+            prefix = rule.get('prefix')
+            return dict(checkpoint=_whole(address), **(dict(prefix=prefix) if prefix else {}))
+    return {}
+
+
+def _whole(address: str) -> str:
+    """A path that holds in another folder, too; addresses stay."""
+    return address if '://' in address else str(Path(address).expanduser().absolute())
+
+
+def candidates(backbone: nn.Module, told: Identity) -> tuple[list[dict], str]:
+    """Where to look for the base of a checkpoint, the best first, and what was left out.
+
+    Args:
+        backbone: the Pro-tuned backbone.
+        told: what the checkpoint says.
+
+    Returns:
+        tuple: origins, and a sentence about the checkpoint's own address where it is not followed.
+    """
+    given = os.environ.get(BASE) or backbone._protune.base_checkpoint
+    if given:
+        return [dict(told.origin, checkpoint=given)], ''
+    found = [origin for origin in (origin_of(backbone),) if origin]
+    address = told.origin.get('checkpoint', '')
+    refused = ''
+    if address and all(origin['checkpoint'] != address for origin in found):
+        if address.startswith(ZOO) or os.environ.get(ALLOW) == '1' or _is_own(address):
+            found.append(told.origin)
+        else:
+            refused = (
+                f' The checkpoint names {address}, which is of no model zoo: set {ALLOW}=1 to '
+                'follow it.'
+            )
+    return found, refused
+
+
+def _is_own(address: str) -> bool:
+    return _own_files.get() and '://' not in address and Path(address).is_file()
+
+
+def fetch(backbone: nn.Module, origin: dict) -> None:
+    """Load a base into a Pro-tuned backbone, as its library would.
+
+    Args:
+        backbone: a :class:`protune_mm.frozen.ProTunedBackbone`; its prompts stay as they are.
+        origin: see :class:`Identity`.
+
+    Raises:
+        RuntimeError: the file cannot be read.
+    """
+    print_log(f'fetching the base from {origin["checkpoint"]}', logger='current')
+    try:
+        if origin.get('model') or not hasattr(backbone, 'init_weights'):
+            _load_part(backbone, origin['checkpoint'], origin.get('prefix', ''))
+        else:
+            _initialize(backbone, origin)
+    except (OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
+        raise RuntimeError(
+            f'the base of {type(backbone).__name__} cannot be read from {origin["checkpoint"]}: '
+            f'{error}'
+        ) from error
+
+
+def _initialize(backbone: nn.Module, origin: dict) -> None:
+    """Let the library load the weights, which may convert keys and resize embeddings on the way."""
+    rule = ConfigDict(type='Pretrained', checkpoint=origin['checkpoint'])
+    if origin.get('prefix'):
+        rule.prefix = origin['prefix']
+    before = backbone.init_cfg if hasattr(backbone, 'init_cfg') else None
+    was_init = getattr(backbone, '_is_init', False)
+    backbone.init_cfg = rule
+    backbone._is_init = False
+    # Its line for each parameter is of interest when a model is made, not when one is read.
+    backbone._dump_init_info = lambda *_: None
+    # Prompts have their values already, or get them right after.
+    prompts_set, backbone._protune.initialized = backbone._protune.initialized, True
+    try:
+        backbone.init_weights()
+    finally:
+        backbone.init_cfg = before
+        backbone._is_init = was_init
+        del backbone._dump_init_info
+        backbone._protune.initialized = prompts_set
+
+
+def _load_part(backbone: nn.Module, address: str, prefix: str) -> None:
+    """Load what a file of a whole model holds of its backbone."""
+    loaded = CheckpointLoader.load_checkpoint(address, map_location='cpu', logger='current')
+    state = loaded.get('state_dict', loaded)
+    state = {key.removeprefix('module.'): value for key, value in state.items()}
+    part = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    load_state_dict(backbone, part, strict=False, logger='current')
+
+
+def provide(backbone: nn.Module, told: Identity) -> None:
+    """Make a backbone run on the base that a checkpoint of prompts was tuned on.
+
+    Args:
+        backbone: a :class:`protune_mm.frozen.ProTunedBackbone`.
+        told: what the checkpoint says.
+
+    Raises:
+        RuntimeError: the base is another one, or cannot be had.
+    """
+    state = backbone._protune
+    if backbone.protune_fingerprint() == told.fingerprint:
+        return
+    if state.loads.given or state.loads.names:
+        raise RuntimeError(wrong_base(backbone, told))
+    found, refused = candidates(backbone, told)
+    if not found:
+        raise RuntimeError(
+            f'the checkpoint holds prompts only, tuned on the base {told.base()}, and '
+            f'{type(backbone).__name__} has no weights yet.{refused} Name the base in the config, '
+            f'backbone=dict(base_checkpoint=...), or in {BASE}'
+        )
+    fetch(backbone, found[0])
+    state.origin = found[0]
+    if backbone.protune_fingerprint() != told.fingerprint:
+        raise RuntimeError(wrong_base(backbone, told))
+
+
+def wrong_base(backbone: nn.Module, told: Identity) -> str:
+    """Message that names the base of a checkpoint and that of a backbone."""
+    here = describe(backbone.protune_fingerprint(), backbone._protune.origin or origin_of(backbone))
+    return (
+        f'the checkpoint was tuned on another base: {told.base()}; {type(backbone).__name__} here '
+        f'has {here}: load the same base first, or name it in {BASE}'
+    )

@@ -1,0 +1,326 @@
+"""Checkpoints of what trains alone, and of the base they belong to.
+
+Frozen weights are the same in every checkpoint of a training; a file holds what trains (prompts,
+neck, head and their buffers), the optimizer, the state of the loop, and the identity of the base.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.dist import is_main_process
+from mmengine.hooks import CheckpointHook, Hook
+from mmengine.logging import MMLogger
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+from torch import Tensor, nn
+
+from .base_weights import origin_of, own_files, provide
+from .compat import damage
+from .frozen import backbones, check_tuned, frozen_tensors
+from .identity import KEY, Identity
+from .registry import HOOKS
+
+INFO = 'protune_mm'
+"""Key of a checkpoint: names of what trained, and the random state."""
+PREEMPTED = 'preempted_iter_{}.pth'
+"""Name of a checkpoint that a signal asked for; the next regular one replaces it."""
+
+
+def frozen_keys(model: nn.Module) -> set[str]:
+    """Keys of a model's ``state_dict`` that are frozen weights of its backbones.
+
+    A tensor that a model registers twice has two keys.
+    """
+    frozen = {id(tensor) for _, tensor in frozen_tensors(model)}
+    state = model.state_dict(keep_vars=True)
+    return {key for key, tensor in state.items() if id(tensor) in frozen}
+
+
+def identities(model: nn.Module) -> dict[str, Tensor]:
+    """What a model's backbones were tuned on, as tensors for its ``state_dict``."""
+    found: dict[str, Tensor] = {}
+    for name, backbone in backbones(model).items():
+        state = backbone._protune
+        told = Identity(
+            backbone.protune_fingerprint(), state.origin or origin_of(backbone), state.placed
+        )
+        found |= told.tensors(f'{name}.' if name else '')
+    return found
+
+
+def tuned_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The ``state_dict`` of a model without frozen weights, with the identity of its base.
+
+    ``load_state_dict`` and mmengine's ``load_checkpoint`` of the same model take it: the backbone
+    checks that it runs on the same base, or fetches it. With PyTorch's own ``load_state_dict``,
+    too, nothing counts as missing.
+
+    Args:
+        model: a Pro-tuned backbone or anything that contains one, wrapped (DDP) or not.
+    """
+    model = model.module if is_model_wrapper(model) else model
+    leave = frozen_keys(model)
+    state = {key: value for key, value in model.state_dict().items() if key not in leave}
+    return state | identities(model)
+
+
+def add_frozen(model: nn.Module, state_dict: dict, prefix: str = '') -> None:
+    """Put the frozen weights of a model into a ``state_dict`` without them.
+
+    Args:
+        model: a Pro-tuned backbone or anything that contains one.
+        state_dict: changed in place; what it has stays.
+        prefix: of all keys.
+    """
+    mine = model.state_dict()
+    for key in frozen_keys(model):
+        state_dict.setdefault(prefix + key, mine[key])
+
+
+@HOOKS.register_module()
+class FillBaseHook(Hook):
+    """Before a checkpoint of prompts is loaded, put the frozen weights of this model into it.
+
+    It runs before the EMA hook, whose average is a copy of the model from before its weights were
+    loaded.
+    """
+
+    priority = 'HIGH'
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Check that it fits this model, fetch the base if need be, and fill."""
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        state = checkpoint.get('state_dict')
+        if not isinstance(state, dict):
+            return
+        if runner._resume:
+            check_trainable(model, checkpoint)
+        for name, backbone in backbones(model).items():
+            prefix = f'{name}.' if name else ''
+            told = Identity.pop(dict(state), prefix)
+            if told is None:
+                continue
+            check_tuned(backbone, told, state, prefix)
+            if all(prefix + key in state for key, _ in frozen_tensors(backbone)):
+                continue
+            with own_files(runner._resume):
+                provide(backbone, told)
+        if any(f'.{KEY}.' in f'.{key}' for key in state):
+            add_frozen(model, state)
+            if 'ema_state_dict' in checkpoint:
+                add_frozen(model, checkpoint['ema_state_dict'], 'module.')
+
+
+@HOOKS.register_module()
+class TunedCheckpointHook(Hook):
+    """Keep frozen weights out of checkpoints, and say in them what they were tuned on.
+
+    Args:
+        tuned_only: leave frozen weights out. Default True.
+    """
+
+    # After EMAHook, which adds its average, and after the guard.
+    priority = 'LOWEST'
+
+    def __init__(self, tuned_only: bool = True) -> None:
+        self.tuned_only = tuned_only
+
+    def before_run(self, runner: Runner) -> None:
+        """Let the averaged model of an EMA hook use the frozen weights of the model itself."""
+        for hook in runner.hooks:
+            if hasattr(hook, 'ema_model') and hasattr(hook, 'src_model'):
+                share_frozen(hook.src_model, hook.ema_model)
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Filter the checkpoint.
+
+        Raises:
+            RuntimeError: a trained weight is no number any more.
+        """
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        check_finite(model, checkpoint['state_dict'])
+        leave = frozen_keys(model) if self.tuned_only else set()
+        told = identities(model)
+        for key, prefix in (('state_dict', ''), ('ema_state_dict', 'module.')):
+            state = checkpoint.get(key)
+            if state is None:
+                continue
+            for name in leave:
+                state.pop(prefix + name, None)
+            state.update({prefix + name: tensor for name, tensor in told.items()})
+        info = checkpoint.setdefault(INFO, {})
+        info['trainable'] = trainable(model)
+
+
+def trainable(model: nn.Module) -> list[str]:
+    """Names of all parameters of a model that train."""
+    return [name for name, p in model.named_parameters() if p.requires_grad]
+
+
+def check_finite(model: nn.Module, state_dict: dict) -> None:
+    """Refuse to save weights that are no numbers: the last checkpoint is the better one.
+
+    Raises:
+        RuntimeError: some trained weight is infinite or no number.
+    """
+    for name in trainable(model):
+        if name in state_dict and not bool(torch.isfinite(state_dict[name]).all()):
+            raise RuntimeError(
+                f"'{name}' is infinite or no number: the training has diverged, and no checkpoint "
+                'is written over the last good one; use a lower learning rate'
+            )
+
+
+def check_trainable(model: nn.Module, checkpoint: dict) -> None:
+    """Refuse to resume the optimizer of one set of parameters with another.
+
+    Raises:
+        ValueError: what trains has changed since the checkpoint.
+    """
+    before = checkpoint.get(INFO, {}).get('trainable')
+    now = trainable(model)
+    if before is None or before == now:
+        return
+    gone, new = [n for n in before if n not in now], [n for n in now if n not in before]
+    parts = [
+        f'{len(names)} {what}, first {names[0]}'
+        for names, what in ((gone, 'no longer train'), (new, 'train now'))
+        if names
+    ]
+    raise ValueError(
+        f'the checkpoint cannot be resumed: of its {len(before)} trained parameters '
+        f'{"; ".join(parts) or "the order has changed"}: resume with the config it was trained '
+        'with, or start anew from it with load_from'
+    )
+
+
+def share_frozen(model: nn.Module, averaged: nn.Module) -> None:
+    """Let an averaged copy of a model hold the model's own frozen weights.
+
+    The average of equal weights is that weight, but for rounding: so it need not be computed, nor
+    kept twice.
+
+    Args:
+        model: the model.
+        averaged: mmengine's ``BaseAveragedModel`` of it, changed in place.
+    """
+    mine = dict(frozen_tensors(model))
+    theirs = dict(frozen_tensors(averaged.module))
+    for name, tensor in mine.items():
+        if name in theirs and theirs[name].device == tensor.device:
+            theirs[name].data = tensor.data
+            averaged.avg_parameters.pop(name, None)
+
+
+def note_origin(model: nn.Module, checkpoint: dict, address: str) -> None:
+    """Note, after a stock checkpoint was loaded, that the frozen weights came from it.
+
+    Args:
+        model: the model, wrapped or not.
+        checkpoint: what was loaded.
+        address: from where.
+    """
+    model = model.module if is_model_wrapper(model) else model
+    state = checkpoint.get('state_dict', checkpoint)
+    for name, backbone in backbones(model).items():
+        prefix = f'{name}.' if name else ''
+        if f'{prefix}{KEY}.origin' in state:
+            continue
+        if any(prefix + key in state for key, _ in frozen_tensors(backbone)):
+            where = address if '://' in address else str(Path(address).expanduser().absolute())
+            backbone._protune.origin = dict(checkpoint=where, prefix=prefix, model=True)
+
+
+@HOOKS.register_module(name='CheckpointHook')
+class SafeCheckpointHook(CheckpointHook):
+    """mmengine's, but an old checkpoint is removed only when the new one is written.
+
+    With ``max_keep_ckpts=1``, say, mmengine removes the only one first.
+    """
+
+    def _save_checkpoint_with_step(self, *args: Any, **kwargs: Any) -> None:
+        with self._removing_late():
+            super()._save_checkpoint_with_step(*args, **kwargs)
+        runner = args[0] if args else kwargs['runner']
+        if is_main_process():
+            for path in Path(runner.work_dir).glob(PREEMPTED.format('*')):
+                path.unlink(missing_ok=True)
+
+    def _save_best_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self._removing_late():
+            super()._save_best_checkpoint(*args, **kwargs)
+
+    @contextmanager
+    def _removing_late(self) -> Iterator[None]:
+        if isinstance(self.file_backend, _LateRemoval):
+            yield
+            return
+        late = _LateRemoval(self.file_backend)
+        self.file_backend = late
+        try:
+            yield
+        finally:
+            self.file_backend = late.backend
+        late.remove_now()
+
+
+class _LateRemoval:
+    """A file backend that remembers what it was told to remove."""
+
+    def __init__(self, backend: Any) -> None:
+        self.backend = backend
+        self._calls: list[tuple] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.backend, name)
+
+    def remove(self, path: str) -> None:
+        self._calls.append((self.backend.remove, path))
+
+    def rmtree(self, path: str) -> None:
+        self._calls.append((self.backend.rmtree, path))
+
+    def remove_now(self) -> None:
+        for call, path in self._calls:
+            call(path)
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Give a file that is written its name, so that a crash leaves the old file or the new one."""
+    with partial.open('rb') as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def last_good_checkpoint(folder: str) -> str | None:
+    """The newest checkpoint in a work folder that is whole; None where there is none.
+
+    Args:
+        folder: a Runner's ``work_dir``.
+    """
+    logger = MMLogger.get_current_instance()
+    found = set(Path(folder).glob('*.pth'))
+    pointer = Path(folder, 'last_checkpoint')
+    told = pointer.read_text().strip() if pointer.is_file() else ''
+    if told and '://' in told:
+        return told
+    if told:
+        found |= {Path(told), *Path(told).parent.glob('*.pth')}
+    files = {p.resolve() for p in found if p.is_file() and not p.name.startswith('best_')}
+    for path in sorted(files, key=lambda p: p.stat().st_mtime_ns, reverse=True):
+        wrong = damage(path)
+        if wrong is None:
+            return str(path)
+        logger.warning(f'checkpoint {path} is left out: {wrong}')
+    return None

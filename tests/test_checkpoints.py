@@ -1,0 +1,282 @@
+"""A checkpoint holds what trains and says on which base; nothing else loads as if it were right."""
+
+import io
+import zipfile
+
+import pytest
+import torch
+from mmengine.config import ConfigDict
+from mmengine.registry import MODELS, DefaultScope
+from mmengine.runner import load_checkpoint
+
+import protune_mm
+from protune_mm.base_weights import ALLOW, BASE
+from protune_mm.checkpoints import frozen_keys, tuned_state_dict
+from protune_mm.frozen import frozen_tensors, tuned_parameters
+from protune_mm.identity import KEY
+from tests.conftest import EVERY, EXAMPLES, build_protuned, build_stock, flat, image
+
+
+def trained(backbone, seed=3):
+    """Prompts that have moved, so that losing them shows."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in tuned_parameters(backbone).values():
+            parameter += 0.01 * torch.randn_like(parameter)
+    return backbone
+
+
+def resnet(**more):
+    config = dict(type='protune_mm.ProTuned', base='mmdet.ResNet', depth=18, **more)
+    return MODELS.build(config).eval()
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A file of weights, and the same as the backbone that holds them."""
+    torch.manual_seed(0)
+    stock = MODELS.build(dict(type='mmdet.ResNet', depth=18))
+    path = tmp_path / 'base.pth'
+    torch.save(stock.state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def tuned_file(base, tmp_path):
+    """A tuned-only file of a backbone on that base, and the outputs it must give."""
+    backbone = resnet(init_cfg=dict(type='Pretrained', checkpoint=str(base)))
+    backbone.init_weights()
+    trained(backbone)
+    path = tmp_path / 'tuned.pth'
+    torch.save(dict(state_dict=tuned_state_dict(backbone)), path)
+    return path, backbone(image())
+
+
+def same(backbone, outputs):
+    return all(torch.equal(a, b) for a, b in zip(flat(backbone(image())), outputs, strict=True))
+
+
+@pytest.mark.parametrize(('library', 'family'), EVERY)
+def test_every_backbone_loads_its_tuned_only_file(library, family):
+    with DefaultScope.overwrite_default_scope(library):
+        check_round_trip(library, family)
+
+
+def check_round_trip(library, family):
+    torch.manual_seed(0)
+    stock = build_stock(library, family).state_dict()
+    backbone = build_protuned(library, family)
+    backbone.load_state_dict(stock, strict=False)
+    trained(backbone)
+    state = tuned_state_dict(backbone)
+    frozen = {name for name, _ in frozen_tensors(backbone)}
+    assert not frozen & set(state)
+    assert frozen_keys(backbone) == set(backbone.state_dict()) - set(state)
+    other = build_protuned(library, family)
+    other.load_state_dict(stock, strict=False)
+    other.load_state_dict(state)  # Strict: nothing counts as missing or unexpected.
+    whole = other.state_dict()
+    assert all(torch.equal(tensor, whole[key]) for key, tensor in backbone.state_dict().items())
+
+
+@pytest.mark.parametrize(('library', 'family'), EXAMPLES)
+def test_the_backbone_fetches_its_base(library, family, tmp_path, log):
+    torch.manual_seed(0)
+    stock = build_stock(library, family)
+    # mmdet's and mmseg's Swin read the keys of a whole model only.
+    prefix = 'backbone.' if (family.name, library) == ('SwinTransformer', 'mmdet') else ''
+    path = tmp_path / 'base.pth'
+    torch.save(dict(state_dict={prefix + k: v for k, v in stock.state_dict().items()}), path)
+    init = ConfigDict(type='Pretrained', checkpoint=str(path))
+    backbone = build_protuned(library, family, init_cfg=init)
+    backbone.init_weights()
+    trained(backbone)
+    tuned = tmp_path / 'tuned.pth'
+    torch.save(dict(state_dict=tuned_state_dict(backbone)), tuned)
+    other = build_protuned(library, family, init_cfg=init)
+    load_checkpoint(other, str(tuned), strict=True)
+    whole = other.state_dict()
+    assert all(torch.equal(tensor, whole[key]) for key, tensor in backbone.state_dict().items())
+    assert not [r for r in log.records if r.levelno >= 30 and KEY in r.getMessage()]
+
+
+def test_an_address_in_a_file_is_followed_only_when_allowed(base, tuned_file, monkeypatch):
+    path, outputs = tuned_file
+    backbone = resnet()
+    with pytest.raises(RuntimeError, match=f'(?s){base}.*{ALLOW}=1.*base_checkpoint'):
+        load_checkpoint(backbone, str(path))
+    monkeypatch.setenv(ALLOW, '1')
+    load_checkpoint(backbone, str(path))
+    assert same(backbone, outputs)
+    monkeypatch.delenv(ALLOW)
+    monkeypatch.setenv(BASE, str(base))
+    backbone = resnet()
+    load_checkpoint(backbone, str(path))
+    assert same(backbone, outputs)
+    monkeypatch.delenv(BASE)
+    backbone = resnet(base_checkpoint=str(base))
+    load_checkpoint(backbone, str(path))
+    assert same(backbone, outputs)
+
+
+def test_a_model_zoo_is_followed_without_asking(base, tuned_file, monkeypatch):
+    path, outputs = tuned_file
+    loaded = torch.load(path, weights_only=True)
+    key = f'{KEY}.origin'
+    address = b'{"checkpoint": "torchvision://resnet18"}'
+    loaded['state_dict'][key] = torch.tensor(list(address), dtype=torch.uint8)
+    asked = []
+
+    def fetch(url, *args, **kwargs):
+        asked.append(url)
+        return torch.load(base, weights_only=True)
+
+    monkeypatch.setattr('mmengine.runner.checkpoint.load_from_http', fetch)
+    backbone = resnet()
+    backbone.load_state_dict(loaded['state_dict'])
+    assert same(backbone, outputs)
+    assert len(asked) == 1
+    assert 'resnet18' in asked[0]
+
+
+def test_another_base_is_an_error_that_names_both(tuned_file, base, tmp_path, monkeypatch):
+    path, _ = tuned_file
+    torch.manual_seed(1)
+    other = tmp_path / 'other.pth'
+    torch.save(MODELS.build(dict(type='mmdet.ResNet', depth=18)).state_dict(), other)
+    backbone = resnet(init_cfg=dict(type='Pretrained', checkpoint=str(other)))
+    backbone.init_weights()
+    with pytest.raises(RuntimeError, match=f'(?s)tuned on another base.*{base}.*{other}'):
+        load_checkpoint(backbone, str(path))
+    # Not loaded yet, and the wrong one is named: the same.
+    monkeypatch.setenv(BASE, str(other))
+    with pytest.raises(RuntimeError, match=f'(?s)tuned on another base.*{base}.*{other}'):
+        load_checkpoint(resnet(), str(path))
+
+
+def test_one_changed_bit_of_the_base_is_another_base(tuned_file, base):
+    path, _ = tuned_file
+    backbone = resnet(init_cfg=dict(type='Pretrained', checkpoint=str(base)))
+    backbone.init_weights()
+    weight = backbone.layer3[0].conv1.weight.data.view(torch.int32)
+    weight[0, 0, 0, 0] ^= 1
+    with pytest.raises(RuntimeError, match='tuned on another base'):
+        load_checkpoint(backbone, str(path))
+
+
+def test_a_base_that_cannot_be_read_is_an_error(tuned_file, tmp_path, monkeypatch):
+    path, _ = tuned_file
+    monkeypatch.setenv(BASE, str(tmp_path / 'none.pth'))
+    with pytest.raises(RuntimeError, match=r'base of ResNet cannot be read from .*none\.pth'):
+        load_checkpoint(resnet(), str(path))
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (dict(prompt=dict(ratio=4)), 'prompt.ratio=8.*has prompt.ratio=4'),
+        (dict(prompt=dict(act_cfg=dict(type='ReLU'))), 'prompt.act_cfg.*GELU.*ReLU'),
+        (dict(prompt='paper'), 'prompt.last=.residual.*series'),
+        (dict(stages=['layer1']), r"blocks=\['layer1.1', .*has blocks=\['layer1.1'\]"),
+        (dict(prompt=dict(type='Adapter')), 'prompt.type=.ProTuningBlock.*Adapter'),
+        (dict(policy='head-only'), r"blocks=\['layer1.1'.*has blocks=None"),
+    ],
+)
+def test_other_prompts_are_an_error_that_names_the_option(tuned_file, base, options, message):
+    path, _ = tuned_file
+    backbone = resnet(base_checkpoint=str(base), **options)
+    before = {key: tensor.clone() for key, tensor in backbone.state_dict().items()}
+    with pytest.raises(ValueError, match=f'(?s){message}'):
+        load_checkpoint(backbone, str(path))
+    # Nothing of it was loaded.
+    assert all(torch.equal(before[k], v) for k, v in backbone.state_dict().items())
+
+
+def test_the_start_of_prompts_is_no_other_prompt(tuned_file, base):
+    path, outputs = tuned_file
+    backbone = resnet(base_checkpoint=str(base), prompt=dict(zero_init=False, ratio=8, scale=1.0))
+    load_checkpoint(backbone, str(path))
+    assert same(backbone, outputs)
+
+
+def test_a_file_that_lacks_a_prompt_is_an_error(tuned_file, base):
+    path, _ = tuned_file
+    state = torch.load(path, weights_only=True)['state_dict']
+    for change, message in (
+        (lambda s: s.pop('layer2.1.prompt.up.bias'), "lacks 'layer2.1.prompt.up.bias'"),
+        (lambda s: s.update({'layer2.1.prompt.up.bias': torch.zeros(3)}), 'of shape'),
+        (lambda s: s.update({'layer2.1.prompt.more': torch.zeros(3)}), "has 'layer2.1.prompt.more"),
+        (lambda s: s.pop(f'{KEY}.options'), 'damaged'),
+        (lambda s: s.update({f'{KEY}.options': torch.tensor([1], dtype=torch.uint8)}), 'damaged'),
+    ):
+        broken = dict(state)
+        change(broken)
+        with pytest.raises(ValueError, match=message):
+            resnet(base_checkpoint=str(base)).load_state_dict(broken)
+
+
+def test_a_whole_file_is_checked_too(base):
+    """With the switch off a file holds the base, and still says which it is."""
+    backbone = trained(resnet(init_cfg=dict(type='Pretrained', checkpoint=str(base))))
+    state = {**backbone.state_dict(), **tuned_state_dict(backbone)}
+    other = resnet()
+    other.load_state_dict(state)
+    assert all(
+        torch.equal(tensor, other.state_dict()[k]) for k, tensor in backbone.state_dict().items()
+    )
+    state['conv1.weight'] = state['conv1.weight'] + 1
+    with pytest.raises(RuntimeError, match='tuned on another base'):
+        resnet().load_state_dict(state)
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ('code ran',))
+
+
+@pytest.mark.parametrize('how', ['cut', 'flip', 'empty', 'foreign', 'malicious'])
+def test_damaged_files_are_one_clear_error(tuned_file, base, how, capsys):
+    path, _ = tuned_file
+    raw = bytearray(path.read_bytes())
+    if how == 'cut':
+        raw = raw[: len(raw) // 2]
+    elif how == 'flip':
+        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+            part = max(archive.infolist(), key=lambda info: info.file_size)
+            raw[part.header_offset + part.file_size // 2] ^= 4
+    elif how == 'empty':
+        raw = b''
+    elif how == 'foreign':
+        raw = b'PK\3\4 no checkpoint at all'
+    path.write_bytes(raw)
+    if how == 'malicious':
+        torch.save(dict(state_dict=Evil()), path)
+    with pytest.raises(ValueError, match=f'checkpoint {path} ') as error:
+        load_checkpoint(resnet(base_checkpoint=str(base)), str(path))
+    assert '\n' not in str(error.value)
+    assert 'code ran' not in capsys.readouterr().out
+
+
+def test_a_part_of_a_whole_models_file_can_be_the_base(tmp_path, base, monkeypatch):
+    """As with `load_from`: the backbone lies below a name there."""
+    state = {f'backbone.{k}': v for k, v in torch.load(base, weights_only=True).items()}
+    path = tmp_path / 'detector.pth'
+    torch.save(dict(state_dict={**state, 'head.weight': torch.zeros(2)}), path)
+    backbone = resnet()
+    backbone.load_state_dict(torch.load(base, weights_only=True))
+    trained(backbone)
+    backbone._protune.origin = dict(checkpoint=str(path), prefix='backbone.', model=True)
+    tuned = tuned_state_dict(backbone)
+    monkeypatch.setenv(ALLOW, '1')
+    other = resnet()
+    other.load_state_dict(tuned)
+    assert same(other, flat(backbone(image())))
+
+
+def test_merged_and_given_modules_have_an_identity_too():
+    stock = MODELS.build(dict(type='mmdet.ResNet', depth=18))
+    backbone = trained(protune_mm.protune(stock))
+    state = tuned_state_dict(backbone)
+    again = protune_mm.protune(MODELS.build(dict(type='mmdet.ResNet', depth=18)))
+    with pytest.raises(RuntimeError, match='tuned on another base'):
+        again.load_state_dict(state)
