@@ -6,10 +6,12 @@ from .factory import ProTuned
 from .frozen import tuned_parameters
 from .inject import protune
 from .merge import merge
+from .prompt_sets import PromptSets
 from .version import __version__
 
 __all__ = [
     'ProTuned',
+    'PromptSets',
     '__version__',
     'load_config',
     'merge',

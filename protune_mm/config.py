@@ -18,6 +18,7 @@ DEFAULTS = dict(
     prompt=None,
     lean=True,
     policy='prompts',
+    affine=False,
     require_weights=False,
     base_checkpoint=None,
 )

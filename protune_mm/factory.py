@@ -22,6 +22,7 @@ def ProTuned(  # noqa: N802  (a registered type, spelled like one)
     prompt: str | dict | None = None,
     lean: bool | str | dict = True,
     policy: str = 'prompts',
+    affine: bool = False,
     require_weights: bool = False,
     base_checkpoint: str | None = None,
     **backbone: Any,
@@ -37,6 +38,7 @@ def ProTuned(  # noqa: N802  (a registered type, spelled like one)
         prompt: see there.
         lean: see there.
         policy: see there.
+        affine: see there.
         require_weights: see there. Default False: a frozen backbone into which no weights were
             loaded warns at the first forward pass or the start of training.
         **backbone: the stock backbone's own arguments, forwarded unchanged.
@@ -61,6 +63,7 @@ def ProTuned(  # noqa: N802  (a registered type, spelled like one)
         prompt=prompt,
         lean=lean,
         policy=policy,
+        affine=affine,
         require_weights=require_weights,
         # Built just now, so its weights are still random: somebody has to load them.
         weights_given=False,

@@ -202,6 +202,24 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class NormOutput:
+    """What a norm returns: maps, or rows with their channels last.
+
+    Attributes:
+        first: of four axes, the second are the channels. False: the last, unless only the second
+            fits, as in the libraries' LayerNorm2d.
+    """
+
+    first: bool
+
+    def join(self, site: Site, prompt: nn.Module, out: Tensor, args: tuple, kwargs: dict) -> Tensor:
+        """Return the prompted output, of the shape of ``out``."""
+        maps = out.ndim == 4 and (self.first or out.shape[-1] != site.channels)
+        layout = Maps() if maps else Rows()
+        return layout.join(site, prompt, out, args, kwargs)
+
+
+@dataclass(frozen=True)
 class Beside:
     """Layer inside a block, or a block, whose prompt reads what the layer reads.
 
@@ -261,7 +279,7 @@ class Unknown:
 
 
 EXPECTED = 'a (B, C, H, W) tensor, or (B, L, C) tokens'
-Layout = Maps | LastMaps | PatchMaps | Tokens | Rows | Beside | Item | Unknown
+Layout = Maps | LastMaps | PatchMaps | Tokens | Rows | NormOutput | Beside | Item | Unknown
 
 
 @dataclass(frozen=True)
@@ -280,6 +298,7 @@ class Site:
             maps of one pixel, ``'mean'`` the mean of the patches' prompt.
         geometry: how the prompt of a layer is built besides ``channels``, such as its stride.
         plain: the backbone returns the stage's output as it is before the prompt.
+        config: of the prompt, where it is not the one that the backbone's options name.
     """
 
     name: str
@@ -292,6 +311,7 @@ class Site:
     extra_tokens: str = 'keep'
     geometry: dict = field(default_factory=dict)
     plain: bool = False
+    config: dict | None = None
 
 
 def unexpected_output(name: str, out: object, expected: str) -> str:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from mmengine.logging import print_log
@@ -37,6 +38,7 @@ class Options:
     lean: LeanOptions | None
     policy: str
     require_weights: bool
+    affine: bool = False
 
 
 @dataclass
@@ -80,6 +82,12 @@ _plain_maps: ContextVar[list[tuple[Tensor, Tensor]] | None] = ContextVar(
 """Prompted and plain output of each block whose stage shows the plain one, in this forward."""
 
 
+choice: ContextVar[Any] = ContextVar('protune_mm_choice', default=None)
+"""Which prompts this forward pass uses; None: those that the blocks carry."""
+sets_of: WeakKeyDictionary = WeakKeyDictionary()
+"""Backbone to its :class:`protune_mm.prompt_sets.PromptSets`."""
+
+
 class PromptedBlock:
     """Mixin for the block that carries a prompt, as its child ``prompt``."""
 
@@ -87,7 +95,11 @@ class PromptedBlock:
         """Run the stock block and join the prompt to its output."""
         out = super().forward(*args, **kwargs)
         site = self._protune_site
-        joined = site.layout.join(site, self.prompt, out, args, kwargs)
+        chosen = choice.get()
+        if chosen is None:
+            joined = site.layout.join(site, self.prompt, out, args, kwargs)
+        else:
+            joined = chosen.join(self, out, args, kwargs)
         plain = _plain_maps.get()
         if plain is not None and site.plain:
             plain.append((joined, out))
@@ -123,6 +135,19 @@ class ProTunedBackbone:
         return self._protune_forward(*args, **kwargs)
 
     def _protune_forward(self, *args: Any, **kwargs: Any) -> Any:
+        sets, chosen = sets_of.get(self), choice.get()
+        if sets is None or chosen is not None:
+            if chosen is not None:
+                chosen.begin(self)  # Also when a forward pass is begun again.
+            return self._protune_run(*args, **kwargs)
+        # A forward pass keeps the set that it begins with.
+        token = choice.set(sets.chosen())
+        try:
+            return self._protune_run(*args, **kwargs)
+        finally:
+            choice.reset(token)
+
+    def _protune_run(self, *args: Any, **kwargs: Any) -> Any:
         if self._protune.options.prompt['features'] == 'prompted':
             return super().forward(*args, **kwargs)
         token = _plain_maps.set([])

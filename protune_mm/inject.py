@@ -19,6 +19,7 @@ from .features import (
     LastMaps,
     Layout,
     Maps,
+    NormOutput,
     PatchGrid,
     PatchMaps,
     Rows,
@@ -32,6 +33,7 @@ from .frozen import Options, PromptedBlock, ProTunedBackbone, freeze
 from .lean import lean_options, make_lean
 from .policies import blocks_of, check_policy, keeps_lean_layers, parameters_of
 from .probe import PROBE_SIZE, probe_channels, probe_layers
+from .prompts.scale_shift import ScaleShift
 from .registry import PROMPTS
 from .stages import Family, Stage, find_family, is_theirs, known_families, refusal
 from .subclass import add_mixin, stock_type
@@ -41,6 +43,7 @@ PLACED = dict(
     last=('residual', 'series'), extra_tokens=('map', 'mean'), features=('prompted', 'plain')
 )
 """What of a prompt's config says how it is placed, and the choices, the default first."""
+AFFINE = dict(type='ScaleShift')
 NAMED_PROMPTS = {'paper': dict(type='ProTuningBlock', last='series')}
 
 
@@ -51,6 +54,7 @@ def protune(
     prompt: str | dict | None = None,
     lean: bool | str | dict = True,
     policy: str = 'prompts',
+    affine: bool = False,
     require_weights: bool = False,
     weights_given: bool = True,
     base_checkpoint: str | None = None,
@@ -82,6 +86,9 @@ def protune(
             leave the module as it is; ``'bias'`` (BitFit), ``'norm'`` or ``'last-K'``, such as
             ``'last-2'``: freeze all but biases, norms or the last K blocks; these run stock
             layers.
+        affine: beside the prompts, a scale and a shift of channels after every norm inside the
+            blocks, see :class:`protune_mm.prompts.ScaleShift`. Default False. It adds a percent of
+            parameters and keeps what the norms return for backward.
         require_weights: a frozen backbone without loaded weights is an error, not a warning.
         weights_given: the module holds its pre-trained weights already. Default True: they are
             kept, also by ``init_weights``, and not asked for.
@@ -102,7 +109,7 @@ def protune(
     """
     stages = list(stages) if isinstance(stages, tuple) else stages
     lean_as = lean_options(lean) if keeps_lean_layers(policy) else None
-    options = Options(stages, _prompt_config(prompt), lean_as, policy, require_weights)
+    options = Options(stages, _prompt_config(prompt), lean_as, policy, require_weights, affine)
     check_policy(policy)
     if isinstance(module, ProTunedBackbone):
         if module._protune.options == options:
@@ -120,6 +127,9 @@ def protune(
     if policy == 'full':
         return module
     sites = _sites(module, options) if policy == 'prompts' else []
+    if affine and policy == 'prompts':
+        taken = {site.block for site in sites}
+        sites += [site for site in _affine_sites(module, options) if site.block not in taken]
     parameters = parameters_of(policy, module)
     blocks = blocks_of(policy, module, stage_table(module, named=not policy.startswith('last')))
     # Everything that can fail on bad input is done before the module is touched.
@@ -151,12 +161,12 @@ def placed_options(options: Options, sites: list[Site]) -> dict:
         dict: of plain values: policy, names of the prompted blocks, and the prompt's options with
         their defaults, but for those that only choose its start.
     """
-    placed = dict(policy=options.policy)
+    placed = dict(policy=options.policy, affine=options.affine)
     if options.lean is not None and options.lean.dtype:
         placed['lean.dtype'] = options.lean.dtype
     if sites:
         cls = _prompt_class(options.prompt)
-        placed['blocks'] = [site.block for site in sites]
+        placed['blocks'] = [site.block for site in sites if site.config is None]
         placed['prompt.type'] = cls.__name__
         own = {
             name: parameter.default
@@ -225,6 +235,7 @@ def _build_prompts(
 
 
 def _build_prompt(site: Site, config: dict) -> nn.Module:
+    config = site.config or config
     options = {**_own_options(config), **site.geometry}
     cls = _prompt_class(config)
     if site.series:
@@ -403,6 +414,19 @@ def _sites(module: nn.Module, options: Options) -> list[Site]:
     return sites
 
 
+def _affine_sites(module: nn.Module, options: Options) -> list[Site]:
+    """Where the scales and shifts are that ``affine=True`` adds."""
+    if options.prompt['type'] in (AFFINE['type'], ScaleShift):
+        raise ValueError(f"affine=True adds prompts of type '{AFFINE['type']}': choose another")
+    config = _prompt_config(AFFINE)
+    own = replace(options, prompt=config, stages=None)
+    table = stage_table(module)
+    return [
+        replace(site, config=config)
+        for site in _layer_sites(module, find_family(stock_type(module)), table, own)
+    ]
+
+
 def _layer_sites(
     module: nn.Module, family: Family | None, table: list[Stage], options: Options
 ) -> list[Site]:
@@ -421,7 +445,13 @@ def _layer_sites(
     for block in blocks:
         for layer in kind.layers(module.get_submodule(block), **_own_options(options.prompt)):
             found[f'{block}.{layer}'.rstrip('.')] = block
-    shapes = probe_layers(module, list(found), family.native(module) or PROBE_SIZE)
+    native = family.native(module) or PROBE_SIZE
+    if kind.reads == 'output':
+        if options.stages is None and not family.unread(module)[1]:
+            # All of it reaches the output, stem and last norm as well.
+            found = dict.fromkeys(kind.layers(module))
+        return _norm_sites(module, list(found), native, name)
+    shapes = probe_layers(module, list(found), native) if found else {}
     sites = []
     for path, (given, returned) in shapes.items():
         layer, block = module.get_submodule(path), module.get_submodule(found[path])
@@ -450,6 +480,28 @@ def _layer_sites(
             f"prompt.type='{name}' finds no layer in the blocks of {type(module).__name__}"
         )
     return sites
+
+
+def _norm_sites(module: nn.Module, paths: list[str], native: tuple, name: str) -> list[Site]:
+    """Where prompts go that read what a norm returns; a norm that never runs has none."""
+    if not paths:
+        raise ValueError(
+            f"prompt.type='{name}' finds no norm in the blocks of {type(module).__name__}"
+        )
+    try:
+        runs = probe_layers(module, paths, native)
+    except ValueError:  # It takes other images only.
+        runs = paths
+    return [
+        Site(
+            name=path,
+            block=path,
+            channels=module.get_submodule(path).weight.numel(),
+            layout=NormOutput(first=not isinstance(module.get_submodule(path), nn.LayerNorm)),
+        )
+        for path in paths
+        if path in runs
+    ]
 
 
 def _taken(kind: type, geometry: dict) -> dict:

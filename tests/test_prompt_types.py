@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from mmengine.registry import DefaultScope
 from torch import nn
 from torch.nn import functional as F
 
@@ -11,7 +12,16 @@ import protune_mm
 from protune_mm.frozen import frozen_tensors, prompts
 from protune_mm.prompts import Adapter, ConvAdapter, LoRA, LoRand, Mona
 from protune_mm.registry import PROMPTS
-from tests.conftest import EXAMPLES, flat, image, move_prompts, pair
+from tests.conftest import (
+    EVERY,
+    EXAMPLES,
+    build_protuned,
+    build_stock,
+    flat,
+    image,
+    move_prompts,
+    pair,
+)
 
 PROMPTS.import_from_location()
 TYPES = sorted(PROMPTS.module_dict)
@@ -31,7 +41,15 @@ def prompt_config(kind):
 
 
 def test_all_types_are_tried():
-    assert set(TYPES) >= {'Adapter', 'ConvAdapter', 'LoRA', 'LoRand', 'Mona', 'ProTuningBlock'}
+    assert set(TYPES) >= {
+        'Adapter',
+        'ConvAdapter',
+        'LoRA',
+        'LoRand',
+        'Mona',
+        'ProTuningBlock',
+        'ScaleShift',
+    }
 
 
 @types
@@ -138,8 +156,9 @@ def test_formulas():
 
 @examples
 @pytest.mark.parametrize('lean', [False, True])
-def test_lora_merges_into_the_stock_weights(library, family, lean):
-    stock, tuned = pair(library, family, prompt=prompt_config('LoRA'), lean=lean)
+@pytest.mark.parametrize('kind', ['LoRA', 'ScaleShift'])
+def test_merges_into_the_stock_weights(library, family, lean, kind):
+    stock, tuned = pair(library, family, prompt=prompt_config(kind), lean=lean)
     move_prompts(tuned)
     x = image()
     with torch.no_grad():
@@ -188,3 +207,45 @@ def test_lora_says_that_it_passes_multihead_attention_by(log):
     assert 'LoRA: TransformerEncoderLayer has nn.MultiheadAttention' in log.text
     assert prompts(tuned)
     assert not any('attn' in name for name in prompts(tuned))
+
+
+@examples
+def test_affine_adds_scales_and_shifts_to_the_prompts(library, family):
+    stock, tuned = pair(library, family, affine=True)
+    kinds = {type(prompt).__name__ for prompt in prompts(tuned).values()}
+    assert kinds == {'ProTuningBlock', 'ScaleShift'}
+    x = image()
+    with torch.no_grad():
+        for a, b in zip(flat(stock(x)), flat(tuned(x)), strict=True):
+            assert (a - b).abs().max() <= 1e-4 * a.abs().max()  # float32, lean
+    plain = pair(library, family)[1]
+    more = set(protune_mm.tuned_parameters(tuned)) - set(protune_mm.tuned_parameters(plain))
+    assert more
+    assert all(name.endswith(('.prompt.scale', '.prompt.shift')) for name in more)
+    sum(o.square().mean() for o in flat(tuned.train()(x))).backward()
+    assert all(p.grad is not None for p in protune_mm.tuned_parameters(tuned).values())
+
+
+NO_NORM = ('LeNet5', 'VGG', 'SSDVGG', 'AlexNet', 'HorNet')
+"""Families whose examples have no norm, or none but of a class of their own."""
+
+
+@pytest.mark.parametrize(('library', 'family'), EVERY)
+def test_affine_fits_every_backbone(library, family):
+    with DefaultScope.overwrite_default_scope(library):
+        if family.name in NO_NORM:
+            with pytest.raises(ValueError, match='finds no norm'):
+                build_protuned(library, family, affine=True)
+            return
+        tuned = build_protuned(library, family, affine=True, lean=False).train()
+    own = {n: p for n, p in prompts(tuned).items() if type(p).__name__ == 'ScaleShift'}
+    assert own
+    for name, prompt in own.items():
+        norm = tuned.get_submodule(name.removesuffix('.prompt'))
+        assert prompt.scale.numel() == norm.weight.numel()
+    try:
+        build_stock(library, family)(image())
+    except (RuntimeError, AssertionError, AttributeError):
+        return  # It takes images of one size only.
+    sum(o.square().mean() for o in flat(tuned(image()))).backward()
+    assert not [name for name, prompt in own.items() if prompt.shift.grad is None]

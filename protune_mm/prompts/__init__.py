@@ -6,5 +6,6 @@ from .lora import LoRA
 from .lorand import LoRand
 from .mona import Mona
 from .pro_tuning import ProTuningBlock
+from .scale_shift import ScaleShift
 
-__all__ = ['Adapter', 'ConvAdapter', 'LoRA', 'LoRand', 'Mona', 'ProTuningBlock']
+__all__ = ['Adapter', 'ConvAdapter', 'LoRA', 'LoRand', 'Mona', 'ProTuningBlock', 'ScaleShift']

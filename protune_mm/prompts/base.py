@@ -16,12 +16,13 @@ class Prompt(BaseModule):
 
     Attributes:
         where: ``'stages'``: after the last block of every stage. ``'blocks'``: after every block.
-            ``'layers'``: beside layers inside every block; it reads what the layer reads, and
-            its output is added to the layer's.
+            ``'layers'``: beside layers inside every block; its output is added to the layer's.
+        reads: of a type beside layers: ``'input'`` or ``'output'`` of the layer.
         mergeable: what it computes is a change of that layer's weights.
     """
 
     where = 'stages'
+    reads = 'input'
     mergeable = False
 
     @classmethod
