@@ -130,6 +130,7 @@ class TunedCheckpointHook(Hook):
 
     def __init__(self, tuned_only: bool = True) -> None:
         self.tuned_only = tuned_only
+        self._told = False
 
     def before_run(self, runner: Runner) -> None:
         """Let the averaged model of an EMA hook use the frozen weights of the model itself."""
@@ -145,7 +146,8 @@ class TunedCheckpointHook(Hook):
         """
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         check_finite(model, checkpoint['state_dict'])
-        leave = frozen_keys(model) if self.tuned_only else set()
+        leave = frozen_keys(model) - self._of_unknown_origin(runner, model)
+        leave = leave if self.tuned_only else set()
         told = identities(model)
         for key, prefix in (('state_dict', ''), ('ema_state_dict', 'module.')):
             state = checkpoint.get(key)
@@ -156,6 +158,21 @@ class TunedCheckpointHook(Hook):
             state.update({prefix + name: tensor for name, tensor in told.items()})
         info = checkpoint.setdefault(INFO, {})
         info['trainable'] = trainable(model)
+
+    def _of_unknown_origin(self, runner: Runner, model: nn.Module) -> set[str]:
+        """Keys of backbones whose weights nobody could fetch again; they stay in the file."""
+        keep: set[str] = set()
+        for name, backbone in backbones(model).items():
+            if backbone._protune.origin or origin_of(backbone) or backbone._protune.base_checkpoint:
+                continue
+            keep |= {f'{name}.{key}'.lstrip('.') for key in frozen_keys(backbone)}
+        if keep and self.tuned_only and not self._told:
+            self._told = True
+            runner.logger.warning(
+                'the weights of the frozen backbone were loaded from no file, so that they could '
+                'not be fetched again: checkpoints hold them, too'
+            )
+        return keep
 
 
 def trainable(model: nn.Module) -> list[str]:

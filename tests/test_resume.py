@@ -227,6 +227,14 @@ def test_the_switch_keeps_the_whole_model(pictures, base, tmp_path):
     assert 'backbone.layer1.0.conv1.weight' in newest(tmp_path)['state_dict']
 
 
+def test_a_base_that_came_from_no_file_stays_in_the_file(pictures, base, tmp_path):
+    cfg = config(pictures, base, tmp_path, EPOCHS)
+    cfg.model.backbone.init_cfg = None
+    train(cfg)
+    assert 'backbone.layer1.0.conv1.weight' in newest(tmp_path)['state_dict']
+    assert train(cfg, resume=True) is None
+
+
 def test_a_changed_trainable_set_is_one_error(pictures, base, tmp_path):
     train(config(pictures, base, tmp_path, EPOCHS), StopHook(4))
     cfg = config(pictures, base, tmp_path, EPOCHS)
