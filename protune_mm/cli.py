@@ -154,7 +154,7 @@ def _is_bad_input(error: Exception) -> bool:
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     raised_in = frames[-1].f_globals.get('__name__', '')
     running = any(frame.f_code.co_name in ('run_iter', 'run_epoch') for frame in frames)
-    ours = raised_in.startswith('protune_mm.')
+    ours = raised_in.startswith('protune_mm.') or raised_in == '__main__'
     return (ours and isinstance(error, ValueError | TypeError | RuntimeError)) or (
         isinstance(error, FileNotFoundError | ModuleNotFoundError) and not running
     )
