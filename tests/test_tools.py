@@ -1,6 +1,9 @@
 """The tools, ours and the stock ones of the three libraries, run as a user runs them."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -131,8 +134,6 @@ def test_auto_scale_lr_and_its_error(shapes, tmp_path):
 
 @pytest.mark.parametrize('script', ['dist_train.sh', 'dist_test.sh', 'slurm_train.sh'])
 def test_the_shell_scripts_say_how_they_are_used(script):
-    import subprocess
-
     done = subprocess.run(['bash', f'tools/{script}'], capture_output=True, text=True)
     assert done.returncode == 2
     assert f'{script} ' in done.stderr
@@ -140,10 +141,6 @@ def test_the_shell_scripts_say_how_they_are_used(script):
 
 
 def test_two_processes_train_and_test(shapes, tmp_path, trained):
-    import os
-    import subprocess
-    import sys
-
     env = {
         **os.environ,
         'OMP_NUM_THREADS': '1',
@@ -162,3 +159,21 @@ def test_two_processes_train_and_test(shapes, tmp_path, trained):
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     assert 'coco/segm_mAP' in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ('status', 'requeued'), [(0, False), (1, False), (138, True), (143, False)]
+)
+def test_slurm_puts_a_signalled_job_back(tmp_path, status, requeued):
+    for name, body in (('srun', f'exit {status}'), ('scontrol', 'echo "$@" > "$OUT"')):
+        fake = tmp_path / name
+        fake.write_text(f'#!/bin/sh\n{body}\n')
+        fake.chmod(0o755)
+    out = tmp_path / 'out'
+    env = {**os.environ, 'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'OUT': str(out)}
+    command = ['bash', 'tools/slurm_train.sh', 'part', 'job', 'config.py', 'work', '--resume']
+    done = subprocess.run(command, env={**env, 'SLURM_JOB_ID': '7'}, check=False)
+    assert done.returncode == status
+    assert out.exists() == requeued
+    if requeued:
+        assert out.read_text() == 'requeue 7\n'
