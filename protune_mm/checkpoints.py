@@ -16,7 +16,7 @@ import torch
 from mmengine.dist import is_main_process
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import MMLogger
-from mmengine.model import is_model_wrapper
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
@@ -30,6 +30,13 @@ INFO = 'protune_mm'
 """Key of a checkpoint: names of what trained, and the random state."""
 PREEMPTED = 'preempted_iter_{}.pth'
 """Name of a checkpoint that a signal asked for; the next regular one replaces it."""
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """A model without what is around it for distribution or test-time augmentation."""
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    return model
 
 
 def frozen_keys(model: nn.Module) -> set[str]:
@@ -64,7 +71,7 @@ def tuned_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Args:
         model: a Pro-tuned backbone or anything that contains one, wrapped (DDP) or not.
     """
-    model = model.module if is_model_wrapper(model) else model
+    model = unwrapped(model)
     leave = frozen_keys(model)
     state = {key: value for key, value in model.state_dict().items() if key not in leave}
     return state | identities(model)
@@ -95,7 +102,7 @@ class FillBaseHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Check that it fits this model, fetch the base if need be, and fill."""
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = unwrapped(runner.model)
         state = checkpoint.get('state_dict')
         if not isinstance(state, dict):
             return
@@ -144,7 +151,7 @@ class TunedCheckpointHook(Hook):
         Raises:
             RuntimeError: a trained weight is no number any more.
         """
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = unwrapped(runner.model)
         check_finite(model, checkpoint['state_dict'])
         leave = frozen_keys(model) - self._of_unknown_origin(runner, model)
         leave = leave if self.tuned_only else set()
@@ -243,7 +250,7 @@ def note_origin(model: nn.Module, checkpoint: dict, address: str) -> None:
         checkpoint: what was loaded.
         address: from where.
     """
-    model = model.module if is_model_wrapper(model) else model
+    model = unwrapped(model)
     state = checkpoint.get('state_dict', checkpoint)
     for name, backbone in backbones(model).items():
         prefix = f'{name}.' if name else ''

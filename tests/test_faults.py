@@ -1,0 +1,38 @@
+"""The script of faults: its quickest cases end well, and it can fail."""
+
+import subprocess
+import sys
+
+from tests.conftest import ROOT
+
+
+def run(*args):
+    command = [sys.executable, '-W', 'ignore', 'tools/faults.py', '--quick', *args]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_cases_end_well():
+    done = run('--only', 'disk full while saving', 'bit-flipped checkpoint', 'wrong base')
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == '4 of 4 cases ended well'
+    assert done.stdout.count('right model, bit for bit') == 2, 'as it ends, and in the table'
+
+
+def test_a_case_that_ends_badly_is_told(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+    import faults
+
+    def wrong(bench, count):
+        return faults.clear_error(0, 'all is well')
+
+    monkeypatch.setattr(faults, 'Bench', lambda *args, **kwargs: None)
+    monkeypatch.setattr(faults, 'CASES', {'undisturbed': lambda *_: 'fine', 'wrong': wrong})
+    monkeypatch.setattr(sys, 'argv', ['faults.py', '--keep', str(tmp_path)])
+    monkeypatch.chdir(tmp_path)
+    try:
+        faults.main()
+    except SystemExit as end:
+        assert end.code == 1
+    shown = capsys.readouterr().out
+    assert 'FAILED: the program ended as if all were well' in shown
+    assert '1 of 2 cases ended well' in shown
