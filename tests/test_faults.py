@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 from tests.conftest import ROOT
 
 
@@ -29,10 +31,8 @@ def test_a_case_that_ends_badly_is_told(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(faults, 'CASES', {'undisturbed': lambda *_: 'fine', 'wrong': wrong})
     monkeypatch.setattr(sys, 'argv', ['faults.py', '--keep', str(tmp_path)])
     monkeypatch.chdir(tmp_path)
-    try:
+    with pytest.raises(SystemExit, match='1'):
         faults.main()
-    except SystemExit as end:
-        assert end.code == 1
     shown = capsys.readouterr().out
     assert 'FAILED: the program ended as if all were well' in shown
     assert '1 of 2 cases ended well' in shown
