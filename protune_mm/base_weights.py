@@ -73,21 +73,22 @@ def candidates(backbone: nn.Module, told: Identity) -> tuple[list[dict], str]:
     Returns:
         tuple: origins, and a sentence about the checkpoint's own address where it is not followed.
     """
-    given = os.environ.get(BASE) or backbone._protune.base_checkpoint
+    given = _explicit(backbone)
     if given:
         return [dict(told.origin, checkpoint=given)], ''
-    found = [origin for origin in (origin_of(backbone),) if origin]
-    address = told.origin.get('checkpoint', '')
-    refused = ''
-    if address and all(origin['checkpoint'] != address for origin in found):
-        if address.startswith(ZOO) or os.environ.get(ALLOW) == '1' or _is_own(address):
-            found.append(told.origin)
-        else:
-            refused = (
-                f' The checkpoint names {address}, which is of no model zoo: set {ALLOW}=1 to '
-                'follow it.'
-            )
-    return found, refused
+    own, address = origin_of(backbone), told.origin.get('checkpoint', '')
+    if not address or own.get('checkpoint') == address:
+        return [own] if own else [], ''
+    if address.startswith(ZOO) or os.environ.get(ALLOW) == '1' or _is_own(address):
+        return [told.origin, *([own] if own else [])], ''
+    refused = (
+        f' The checkpoint names {address}, which is of no model zoo: set {ALLOW}=1 to follow it.'
+    )
+    return [own] if own else [], refused
+
+
+def _explicit(backbone: nn.Module) -> str | None:
+    return os.environ.get(BASE) or backbone._protune.base_checkpoint
 
 
 def _is_own(address: str) -> bool:
@@ -161,19 +162,23 @@ def provide(backbone: nn.Module, told: Identity) -> None:
     state = backbone._protune
     if backbone.protune_fingerprint() == told.fingerprint:
         return
-    if state.loads.given or state.loads.names:
-        raise RuntimeError(wrong_base(backbone, told))
     found, refused = candidates(backbone, told)
+    # What a config loads first (`init_cfg`) may not be what the training began with (`load_from`).
+    again = _explicit(backbone) is not None or _own_files.get()
+    if state.loads.given or (state.loads.names and not again):
+        raise RuntimeError(wrong_base(backbone, told) + refused)
     if not found:
         raise RuntimeError(
             f'the checkpoint holds prompts only, tuned on the base {told.base()}, and '
             f'{type(backbone).__name__} has no weights yet.{refused} Name the base in the config, '
             f'backbone=dict(base_checkpoint=...), or in {BASE}'
         )
-    fetch(backbone, found[0])
-    state.origin = found[0]
-    if backbone.protune_fingerprint() != told.fingerprint:
-        raise RuntimeError(wrong_base(backbone, told))
+    for origin in found:
+        fetch(backbone, origin)
+        state.origin = origin
+        if backbone.protune_fingerprint() == told.fingerprint:
+            return
+    raise RuntimeError(wrong_base(backbone, told) + refused)
 
 
 def wrong_base(backbone: nn.Module, told: Identity) -> str:
@@ -181,5 +186,5 @@ def wrong_base(backbone: nn.Module, told: Identity) -> str:
     here = describe(backbone.protune_fingerprint(), backbone._protune.origin or origin_of(backbone))
     return (
         f'the checkpoint was tuned on another base: {told.base()}; {type(backbone).__name__} here '
-        f'has {here}: load the same base first, or name it in {BASE}'
+        f'has {here}: load the same base first, or name it in {BASE}.'
     )

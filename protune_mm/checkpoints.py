@@ -7,6 +7,7 @@ neck, head and their buffers), the optimizer, the state of the loop, and the ide
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from .base_weights import origin_of, own_files, provide
 from .compat import damage
-from .frozen import backbones, check_tuned, frozen_tensors
+from .frozen import backbones, check_tuned, frozen_tensors, tuned_parameters
 from .identity import KEY, Identity
 from .registry import HOOKS
 
@@ -30,6 +31,10 @@ INFO = 'protune_mm'
 """Key of a checkpoint: names of what trained, and the random state."""
 PREEMPTED = 'preempted_iter_{}.pth'
 """Name of a checkpoint that a signal asked for; the next regular one replaces it."""
+
+
+WRITTEN = re.compile(r'(epoch|iter|preempted_iter)_\d+\.pth')
+"""Names of checkpoints of a training; others in its folder are exported ones, say."""
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -49,10 +54,26 @@ def frozen_keys(model: nn.Module) -> set[str]:
     return {key for key, tensor in state.items() if id(tensor) in frozen}
 
 
-def identities(model: nn.Module) -> dict[str, Tensor]:
-    """What a model's backbones were tuned on, as tensors for its ``state_dict``."""
+def is_teacher(backbone: nn.Module) -> bool:
+    """Whether the prompts of a backbone are frozen from outside: it follows a student.
+
+    An average of its weights with the student's may round those that are frozen.
+    """
+    tuned = tuned_parameters(backbone).values()
+    return bool(tuned) and not any(parameter.requires_grad for parameter in tuned)
+
+
+def identities(model: nn.Module, teachers: bool = True) -> dict[str, Tensor]:
+    """What a model's backbones were tuned on, as tensors for its ``state_dict``.
+
+    Args:
+        model: the model.
+        teachers: those of backbones that follow another, too. Default True.
+    """
     found: dict[str, Tensor] = {}
     for name, backbone in backbones(model).items():
+        if not teachers and is_teacher(backbone):
+            continue
         state = backbone._protune
         told = Identity(
             backbone.protune_fingerprint(), state.origin or origin_of(backbone), state.placed
@@ -155,7 +176,7 @@ class TunedCheckpointHook(Hook):
         check_finite(model, checkpoint['state_dict'])
         leave = frozen_keys(model) - self._of_unknown_origin(runner, model)
         leave = leave if self.tuned_only else set()
-        told = identities(model)
+        told = identities(model, teachers=False)
         for key, prefix in (('state_dict', ''), ('ema_state_dict', 'module.')):
             state = checkpoint.get(key)
             if state is None:
@@ -169,15 +190,18 @@ class TunedCheckpointHook(Hook):
     def _of_unknown_origin(self, runner: Runner, model: nn.Module) -> set[str]:
         """Keys of backbones whose weights nobody could fetch again; they stay in the file."""
         keep: set[str] = set()
+        whole = bool(origin_of(model))  # Its `init_cfg` comes after that of the backbone.
         for name, backbone in backbones(model).items():
-            if backbone._protune.origin or origin_of(backbone) or backbone._protune.base_checkpoint:
+            state = backbone._protune
+            own = state.base_checkpoint or (not whole and origin_of(backbone))
+            if (state.origin or own) and not is_teacher(backbone):
                 continue
             keep |= {f'{name}.{key}'.lstrip('.') for key in frozen_keys(backbone)}
         if keep and self.tuned_only and not self._told:
             self._told = True
             runner.logger.warning(
-                'the weights of the frozen backbone were loaded from no file, so that they could '
-                'not be fetched again: checkpoints hold them, too'
+                'the weights of a frozen backbone could not be fetched again (they came from no '
+                'file, or follow those of another): checkpoints hold them, too'
             )
         return keep
 
@@ -305,14 +329,20 @@ class _LateRemoval:
         return getattr(self.backend, name)
 
     def remove(self, path: str) -> None:
-        self._calls.append((self.backend.remove, path))
+        self._calls.append((self.backend.remove, path, _inode(path)))
 
     def rmtree(self, path: str) -> None:
-        self._calls.append((self.backend.rmtree, path))
+        self._calls.append((self.backend.rmtree, path, _inode(path)))
 
     def remove_now(self) -> None:
-        for call, path in self._calls:
-            call(path)
+        for call, path, inode in self._calls:
+            # The new checkpoint may have the name of the old one.
+            if _inode(path) == inode:
+                call(path)
+
+
+def _inode(path: str) -> int | None:
+    return Path(path).stat().st_ino if Path(path).exists() else None
 
 
 def put_in_place(partial: Path, path: Path) -> None:
@@ -334,14 +364,12 @@ def last_good_checkpoint(folder: str) -> str | None:
         folder: a Runner's ``work_dir``.
     """
     logger = MMLogger.get_current_instance()
-    found = set(Path(folder).glob('*.pth'))
+    found = {path for path in Path(folder).glob('*.pth') if WRITTEN.fullmatch(path.name)}
     pointer = Path(folder, 'last_checkpoint')
     told = pointer.read_text().strip() if pointer.is_file() else ''
     if told and '://' in told:
         return told
-    if told:
-        found |= {Path(told), *Path(told).parent.glob('*.pth')}
-    files = {p.resolve() for p in found if p.is_file() and not p.name.startswith('best_')}
+    files = {path.resolve() for path in (found | {Path(told)} if told else found) if path.is_file()}
     for path in sorted(files, key=lambda p: p.stat().st_mtime_ns, reverse=True):
         wrong = damage(path)
         if wrong is None:

@@ -116,9 +116,9 @@ def load_local_checkpoint(filename: str, map_location: object = None) -> object:
     wrong = damage(path)
     if wrong:
         raise ValueError(f'checkpoint {path} cannot be read: {wrong}; use another copy of it')
-    safe = dict(weights_only=True) if _torch_version() >= (2, 6) else {}
     try:
-        return torch.load(path, map_location=map_location, **safe)
+        # From torch 2.6 on with weights_only=True, unless the user's environment says otherwise.
+        return torch.load(path, map_location=map_location)
     except (pickle.UnpicklingError, EOFError, KeyError, RuntimeError) as error:
         told = str(error)
         if 'WeightsUnpickler' in told or 'weights_only' in told or 'Weights only' in told:

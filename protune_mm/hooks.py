@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
+from mmengine.optim import AmpOptimWrapper
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
@@ -161,6 +162,8 @@ class FiniteLossHook(Hook):
         Raises:
             RuntimeError: one of them is infinite or no number.
         """
+        if isinstance(runner.optim_wrapper, AmpOptimWrapper):
+            return  # It lowers its loss scale and goes on; the weights are looked at when saved.
         loss = (outputs or {}).get('loss')
         if isinstance(loss, Tensor):
             bad = ~torch.isfinite(loss.detach()).all()

@@ -6,10 +6,11 @@ inside an epoch, and a validation that leaves the random state of the training a
 
 from __future__ import annotations
 
+import functools
 import random
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,23 @@ class ExactResumeHook(Hook):
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
+def unsignalled(dataloader: Any) -> Any:
+    """Let the workers of a dataloader go on when the whole group of processes is signalled.
+
+    A worker that dies of it would end the training before it has saved.
+    """
+    if dataloader.num_workers > 0:
+        stock = dataloader.worker_init_fn
+        dataloader.worker_init_fn = functools.partial(_start_worker, stock)
+    return dataloader
+
+
+def _start_worker(stock: Callable | None, worker: int) -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    if stock is not None:
+        stock(worker)
+
+
 @HOOKS.register_module()
 class PreemptionHook(Hook):
     """On SIGTERM or SIGUSR1, save after the running step and exit.
@@ -214,31 +232,40 @@ class PreemptionHook(Hook):
 
     def after_train_iter(self, runner: Runner, *args: object, **kwargs: object) -> None:
         """Save and exit if a signal came, once no gradients are being accumulated."""
-        if self._group is not None:
-            told = torch.tensor(self._signal)
-            torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX, self._group)
-            self._signal = int(told)
+        number = self._agree()
         loop, step = runner.train_loop, runner.iter + 1
         ends = isinstance(loop, EpochBasedTrainLoop) and step % len(loop.dataloader) == 0
         # At the end of an epoch the schedules have to step first; at that of the training the
         # rest is short.
-        if self._signal and not ends and step < loop.max_iters and _between_updates(runner):
-            self._stop(runner, runner.epoch, step)
+        if number and not ends and step < loop.max_iters and _between_updates(runner):
+            self._stop(runner, runner.epoch, step, number)
 
     def after_train_epoch(self, runner: Runner, *args: object, **kwargs: object) -> None:
         """Save and exit if a signal came in the last step of the epoch."""
         loop = runner.train_loop
-        by_epoch = isinstance(loop, EpochBasedTrainLoop)
-        if self._signal and by_epoch and runner.epoch + 1 < loop.max_epochs:
-            self._stop(runner, runner.epoch + 1, runner.iter)
+        if not isinstance(loop, EpochBasedTrainLoop) or runner.epoch + 1 >= loop.max_epochs:
+            return
+        number = self._agree()
+        if number:
+            self._stop(runner, runner.epoch + 1, runner.iter, number)
 
-    def _stop(self, runner: Runner, epoch: int, step: int) -> None:
+    def _agree(self) -> int:
+        """The signal that any process has received so far, the same in all of them."""
+        if self._group is None:
+            return self._signal
+        told = torch.tensor(self._signal)
+        torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX, self._group)
+        return int(told)
+
+    def _stop(self, runner: Runner, epoch: int, step: int, number: int) -> None:
         """Write a checkpoint where ``--resume`` finds it, and exit."""
         name = PREEMPTED.format(step)
         runner.save_checkpoint(
             runner.work_dir, name, meta=dict(epoch=epoch, iter=step), by_epoch=False
         )
-        number = self._signal
+        if self._group is not None:
+            # The first to exit takes the others with it: not before the file is written.
+            torch.distributed.barrier(self._group)
         runner.logger.warning(
             f'{signal.Signals(number).name}: stopped after step {step}; --resume goes on from '
             f'{Path(runner.work_dir, name)}'

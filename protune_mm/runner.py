@@ -35,7 +35,7 @@ from .frozen import backbones
 from .hooks import FiniteLossHook, FrozenGuardHook
 from .optim import wrap_constructor
 from .registry import RUNNERS
-from .resume import ExactResumeHook, PreemptionHook
+from .resume import ExactResumeHook, PreemptionHook, unsignalled
 
 STOCK_CHECKPOINT_HOOK = ('CheckpointHook', 'mmengine.CheckpointHook', CheckpointHook)
 LOCK = '.training'
@@ -140,6 +140,16 @@ class ProTuneRunner(Runner):
         for hook in hooks:
             if not any(isinstance(there, hook) for there in self.hooks):
                 self.register_hook(hook())
+
+    def build_train_loop(self, loop: Any) -> Any:
+        """Build the loop; a signal does not end the workers of its dataloader."""
+        if isinstance(self._train_dataloader, dict):
+            seed = dict(seed=self.seed, diff_rank_seed=self._randomness_cfg.get('diff_rank_seed'))
+            seed['diff_rank_seed'] = bool(seed['diff_rank_seed'])
+            self._train_dataloader = unsignalled(
+                self.build_dataloader(self._train_dataloader, **seed)
+            )
+        return super().build_train_loop(loop)
 
     def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> dict:
         """Load a checkpoint, and note that the base came from it if it did."""

@@ -10,7 +10,7 @@ from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import load_checkpoint
 
 import protune_mm
-from protune_mm.base_weights import ALLOW, BASE
+from protune_mm.base_weights import ALLOW, BASE, own_files
 from protune_mm.checkpoints import frozen_keys, tuned_state_dict
 from protune_mm.frozen import frozen_tensors, tuned_parameters
 from protune_mm.identity import KEY
@@ -179,7 +179,7 @@ def test_a_base_that_cannot_be_read_is_an_error(tuned_file, tmp_path, monkeypatc
         (dict(prompt='paper'), 'prompt.last=.residual.*series'),
         (dict(stages=['layer1']), r"blocks=\['layer1.1', .*has blocks=\['layer1.1'\]"),
         (dict(prompt=dict(type='Adapter')), 'prompt.type=.ProTuningBlock.*Adapter'),
-        (dict(policy='head-only'), r"blocks=\['layer1.1'.*has blocks=None"),
+        (dict(policy='head-only'), 'prompt.type=.ProTuningBlock.*has prompt.type=None'),
     ],
 )
 def test_other_prompts_are_an_error_that_names_the_option(tuned_file, base, options, message):
@@ -280,3 +280,31 @@ def test_merged_and_given_modules_have_an_identity_too():
     again = protune_mm.protune(MODELS.build(dict(type='mmdet.ResNet', depth=18)))
     with pytest.raises(RuntimeError, match='tuned on another base'):
         again.load_state_dict(state)
+
+
+def test_the_base_of_load_from_is_found_beside_init_cfg(tmp_path, base, monkeypatch):
+    """The config loads ImageNet weights; the training began with those of a detector."""
+    torch.manual_seed(2)
+    detector = MODELS.build(dict(type='mmdet.ResNet', depth=18)).state_dict()
+    path = tmp_path / 'detector.pth'
+    torch.save(dict(state_dict={f'backbone.{k}': v for k, v in detector.items()}), path)
+    init = dict(type='Pretrained', checkpoint=str(base))
+    backbone = resnet(init_cfg=init)
+    backbone.init_weights()
+    backbone.load_state_dict(detector)
+    trained(backbone)
+    backbone._protune.origin = dict(checkpoint=str(path), prefix='backbone.', model=True)
+    tuned, outputs = tuned_state_dict(backbone), flat(backbone(image()))
+    with pytest.raises(RuntimeError, match=f'another base.*{ALLOW}=1'):
+        resnet(init_cfg=init).load_state_dict(tuned)
+    monkeypatch.setenv(ALLOW, '1')
+    other = resnet(init_cfg=init)
+    other.load_state_dict(tuned)
+    assert same(other, outputs)
+    monkeypatch.delenv(ALLOW)
+    # A training that resumes has loaded `init_cfg` already.
+    other = resnet(init_cfg=init)
+    other.init_weights()
+    with own_files():
+        other.load_state_dict(tuned)
+    assert same(other, outputs)

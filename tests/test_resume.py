@@ -1,6 +1,7 @@
 """A training that was stopped and resumed is bit-identical to one that was not."""
 
 import argparse
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -259,6 +260,32 @@ def test_the_last_good_checkpoint_is_found(pictures, base, tmp_path):
     train(config(pictures, base, tmp_path / 'whole', EPOCHS))
     for part in ('state_dict', 'optimizer'):
         assert differing(newest(tmp_path)[part], newest(tmp_path / 'whole')[part], part) == []
+
+
+def test_other_files_in_the_folder_are_not_resumed(pictures, base, tmp_path):
+    train(config(pictures, base, tmp_path, EPOCHS), StopHook(4))
+    torch.save(dict(state_dict={}), tmp_path / 'exported.pth')
+    assert train(config(pictures, base, tmp_path, EPOCHS), resume=True) is None
+
+
+def test_one_name_for_all_checkpoints(pictures, base, tmp_path):
+    cfg = config(pictures, base, tmp_path, EPOCHS)
+    cfg.default_hooks.checkpoint.update(filename_tmpl='latest.pth', max_keep_ckpts=1)
+    train(cfg)
+    assert [p.name for p in tmp_path.glob('*.pth')] == ['latest.pth']
+
+
+def test_a_signal_to_the_whole_group_ends_no_worker(pictures, base, tmp_path):
+    class Signal(StopHook):
+        def after_train_iter(self, runner, *args, **kwargs):
+            if runner.iter + 1 == self.after:
+                for child in multiprocessing.active_children():
+                    os.kill(child.pid, signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    cfg = config(pictures, base, tmp_path, EPOCHS, workers=1)
+    assert train(cfg, Signal(4)) == 143
+    assert newest(tmp_path)['meta']['iter'] == 4
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(pictures, base, tmp_path, monkeypatch):
