@@ -79,6 +79,7 @@ class Bench:
 
     def __init__(self, root: Path, seed: int, epochs: int) -> None:
         self.root, self.random = root, random.Random(seed)
+        self.epochs = epochs
         self.long = f'train_cfg.max_epochs={epochs}'
         draw(root / 'data', seed)
         self.base, self.other_base = (weights(root / f'base{i}.pth', seed + i) for i in (0, 1))
@@ -107,7 +108,8 @@ class Bench:
     def train(self, work: Path, *options: str, resume: bool = False) -> None:
         """Train to the end."""
         ended = self.start(work, *options, resume=resume)
-        if wait(ended) != 0:
+        # The long training has epochs of up to a second on a busy machine.
+        if wait(ended, PATIENCE + (2 * self.epochs if self.long in options else 0)) != 0:
             raise CaseError(f'a training failed: {last_line(work)}')
 
     def test(self, checkpoint: Path, *options: str) -> tuple[int, str]:
