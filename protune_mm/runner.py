@@ -143,13 +143,17 @@ class ProTuneRunner(Runner):
 
     def build_train_loop(self, loop: Any) -> Any:
         """Build the loop; a signal does not end the workers of its dataloader."""
-        if isinstance(self._train_dataloader, dict):
-            seed = dict(seed=self.seed, diff_rank_seed=self._randomness_cfg.get('diff_rank_seed'))
-            seed['diff_rank_seed'] = bool(seed['diff_rank_seed'])
-            self._train_dataloader = unsignalled(
-                self.build_dataloader(self._train_dataloader, **seed)
-            )
-        return super().build_train_loop(loop)
+        if not isinstance(loop, dict) or not isinstance(self._train_dataloader, dict):
+            return super().build_train_loop(loop)
+        described = self._train_dataloader
+        several = bool(self._randomness_cfg.get('diff_rank_seed', False))
+        built = self.build_dataloader(described, seed=self.seed, diff_rank_seed=several)
+        self._train_dataloader = unsignalled(built)
+        try:
+            return super().build_train_loop(loop)
+        finally:
+            # The rule that scales learning rates reads its batch size.
+            self._train_dataloader = described
 
     def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> dict:
         """Load a checkpoint, and note that the base came from it if it did."""
