@@ -54,11 +54,13 @@ def origin_of(backbone: nn.Module) -> dict:
         address = rule.get('checkpoint')
         if address:
             prefix = rule.get('prefix')
-            return dict(checkpoint=_whole(address), **(dict(prefix=prefix) if prefix else {}))
+            return dict(
+                checkpoint=whole_address(address), **(dict(prefix=prefix) if prefix else {})
+            )
     return {}
 
 
-def _whole(address: str) -> str:
+def whole_address(address: str) -> str:
     """A path that holds in another folder, too; addresses stay."""
     return address if '://' in address else str(Path(address).expanduser().absolute())
 

@@ -6,61 +6,25 @@ neck, head and their buffers), the optimizer, the state of the loop, and the ide
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
-
 import torch
-from mmengine.dist import is_main_process
-from mmengine.hooks import CheckpointHook, Hook
-from mmengine.logging import MMLogger
-from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from .base_weights import origin_of, own_files, provide
-from .compat import damage
-from .frozen import backbones, check_tuned, frozen_tensors, tuned_parameters
+from .base_weights import origin_of, own_files, provide, whole_address
+from .frozen import (
+    backbones,
+    check_tuned,
+    frozen_keys,
+    frozen_tensors,
+    is_teacher,
+    unwrapped,
+)
 from .identity import KEY, Identity
 from .registry import HOOKS
 
 INFO = 'protune_mm'
 """Key of a checkpoint: names of what trained, and the random state."""
-PREEMPTED = 'preempted_iter_{}.pth'
-"""Name of a checkpoint that a signal asked for; the next regular one replaces it."""
-
-
-WRITTEN = re.compile(r'(epoch|iter|preempted_iter)_\d+\.pth')
-"""Names of checkpoints of a training; others in its folder are exported ones, say."""
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """A model without what is around it for distribution or test-time augmentation."""
-    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = model.module
-    return model
-
-
-def frozen_keys(model: nn.Module) -> set[str]:
-    """Keys of a model's ``state_dict`` that are frozen weights of its backbones.
-
-    A tensor that a model registers twice has two keys.
-    """
-    frozen = {id(tensor) for _, tensor in frozen_tensors(model)}
-    state = model.state_dict(keep_vars=True)
-    return {key for key, tensor in state.items() if id(tensor) in frozen}
-
-
-def is_teacher(backbone: nn.Module) -> bool:
-    """Whether the prompts of a backbone are frozen from outside: it follows a student.
-
-    An average of its weights with the student's may round those that are frozen.
-    """
-    tuned = tuned_parameters(backbone).values()
-    return bool(tuned) and not any(parameter.requires_grad for parameter in tuned)
 
 
 def identities(model: nn.Module, teachers: bool = True) -> dict[str, Tensor]:
@@ -281,98 +245,5 @@ def note_origin(model: nn.Module, checkpoint: dict, address: str) -> None:
         if f'{prefix}{KEY}.origin' in state:
             continue
         if any(prefix + key in state for key, _ in frozen_tensors(backbone)):
-            where = address if '://' in address else str(Path(address).expanduser().absolute())
-            backbone._protune.origin = dict(checkpoint=where, prefix=prefix, model=True)
-
-
-@HOOKS.register_module(name='CheckpointHook')
-class SafeCheckpointHook(CheckpointHook):
-    """mmengine's, but an old checkpoint is removed only when the new one is written.
-
-    With ``max_keep_ckpts=1``, say, mmengine removes the only one first.
-    """
-
-    def _save_checkpoint_with_step(self, *args: Any, **kwargs: Any) -> None:
-        with self._removing_late():
-            super()._save_checkpoint_with_step(*args, **kwargs)
-        runner = args[0] if args else kwargs['runner']
-        if is_main_process():
-            for path in Path(runner.work_dir).glob(PREEMPTED.format('*')):
-                path.unlink(missing_ok=True)
-
-    def _save_best_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with self._removing_late():
-            super()._save_best_checkpoint(*args, **kwargs)
-
-    @contextmanager
-    def _removing_late(self) -> Iterator[None]:
-        if isinstance(self.file_backend, _LateRemoval):
-            yield
-            return
-        late = _LateRemoval(self.file_backend)
-        self.file_backend = late
-        try:
-            yield
-        finally:
-            self.file_backend = late.backend
-        late.remove_now()
-
-
-class _LateRemoval:
-    """A file backend that remembers what it was told to remove."""
-
-    def __init__(self, backend: Any) -> None:
-        self.backend = backend
-        self._calls: list[tuple] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.backend, name)
-
-    def remove(self, path: str) -> None:
-        self._calls.append((self.backend.remove, path, _inode(path)))
-
-    def rmtree(self, path: str) -> None:
-        self._calls.append((self.backend.rmtree, path, _inode(path)))
-
-    def remove_now(self) -> None:
-        for call, path, inode in self._calls:
-            # The new checkpoint may have the name of the old one.
-            if _inode(path) == inode:
-                call(path)
-
-
-def _inode(path: str) -> int | None:
-    return Path(path).stat().st_ino if Path(path).exists() else None
-
-
-def put_in_place(partial: Path, path: Path) -> None:
-    """Give a file that is written its name, so that a crash leaves the old file or the new one."""
-    with partial.open('rb') as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def last_good_checkpoint(folder: str) -> str | None:
-    """The newest checkpoint in a work folder that is whole; None where there is none.
-
-    Args:
-        folder: a Runner's ``work_dir``.
-    """
-    logger = MMLogger.get_current_instance()
-    found = {path for path in Path(folder).glob('*.pth') if WRITTEN.fullmatch(path.name)}
-    pointer = Path(folder, 'last_checkpoint')
-    told = pointer.read_text().strip() if pointer.is_file() else ''
-    if told and '://' in told:
-        return told
-    files = {path.resolve() for path in (found | {Path(told)} if told else found) if path.is_file()}
-    for path in sorted(files, key=lambda p: p.stat().st_mtime_ns, reverse=True):
-        wrong = damage(path)
-        if wrong is None:
-            return str(path)
-        logger.warning(f'checkpoint {path} is left out: {wrong}')
-    return None
+            origin = dict(checkpoint=whole_address(address), prefix=prefix, model=True)
+            backbone._protune.origin = origin

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from mmengine.logging import print_log
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
@@ -367,15 +368,41 @@ def tuned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return tuned
 
 
+def frozen_keys(model: nn.Module) -> set[str]:
+    """Keys of a model's ``state_dict`` that are frozen weights of its backbones.
+
+    A tensor that a model registers twice has two keys.
+    """
+    frozen = {id(tensor) for _, tensor in frozen_tensors(model)}
+    state = model.state_dict(keep_vars=True)
+    return {key for key, tensor in state.items() if id(tensor) in frozen}
+
+
 def tuned_state(backbone: nn.Module) -> dict[str, Tensor]:
     """What of a backbone's ``state_dict`` is not frozen, as the tensors themselves.
 
     Args:
         backbone: a :class:`ProTunedBackbone`.
     """
-    frozen = {id(tensor) for _, tensor in frozen_tensors(backbone)}
+    leave = frozen_keys(backbone)
     state = backbone.state_dict(keep_vars=True)
-    return {key: tensor for key, tensor in state.items() if id(tensor) not in frozen}
+    return {key: tensor for key, tensor in state.items() if key not in leave}
+
+
+def is_teacher(backbone: nn.Module) -> bool:
+    """Whether the prompts of a backbone are frozen from outside: it follows a student.
+
+    An average of its weights with the student's may round those that are frozen.
+    """
+    tuned = tuned_parameters(backbone).values()
+    return bool(tuned) and not any(parameter.requires_grad for parameter in tuned)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """A model without what is around it for distribution or test-time augmentation."""
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    return model
 
 
 def backbones(model: nn.Module) -> dict[str, nn.Module]:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import torch
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.optim import AmpOptimWrapper
 from mmengine.runner import Runner
 from torch import Tensor, nn
@@ -17,8 +16,9 @@ from .frozen import (
     forks,
     frozen_modules,
     frozen_tensors,
+    is_teacher,
     prompt_parameters,
-    tuned_parameters,
+    unwrapped,
 )
 from .identity import digest
 from .registry import HOOKS
@@ -48,7 +48,7 @@ class FrozenGuardHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Check the start, take the digests and log the parameter line."""
-        model = _unwrap(runner.model)
+        model = unwrapped(runner.model)
         for backbone in backbones(model).values():
             if not backbone._protune.loads.checked:
                 check_weights(backbone)
@@ -63,15 +63,15 @@ class FrozenGuardHook(Hook):
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Check modes and version counters."""
-        self._check_cheaply(_unwrap(runner.model))
+        self._check_cheaply(unwrapped(runner.model))
 
     def before_val(self, runner: Runner) -> None:
         """Check modes and version counters, for loops without epochs."""
-        self._check_cheaply(_unwrap(runner.model))
+        self._check_cheaply(unwrapped(runner.model))
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Put the exact frozen tensors into the checkpoint, whatever an average made of them."""
-        frozen = dict(_guarded_tensors(_unwrap(runner.model)))
+        frozen = dict(_guarded_tensors(unwrapped(runner.model)))
         for key, prefix in (('state_dict', ''), ('ema_state_dict', 'module.')):
             state = checkpoint.get(key, {})
             for name, tensor in frozen.items():
@@ -91,12 +91,12 @@ class FrozenGuardHook(Hook):
                 "backbone's forward goes around its block, or activation_checkpointing wraps the "
                 'block; name other stages with stages=[...], or checkpoint with with_cp=True'
             )
-        self._check_modes(_unwrap(runner.model))
+        self._check_modes(unwrapped(runner.model))
 
     def after_train(self, runner: Runner) -> None:
         """Compare every bit of every frozen tensor with the start."""
         self._unwatch()
-        now = dict(_guarded_tensors(_unwrap(runner.model)))
+        now = dict(_guarded_tensors(unwrapped(runner.model)))
         for name, before in self._digests.items():
             if name not in now or digest(now[name]) != before:
                 raise RuntimeError(f"frozen tensor '{name}' moved during training: {_CAUSE}")
@@ -195,11 +195,6 @@ def _guarded_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     A backbone whose prompts are frozen from outside is such a teacher.
     """
     for prefix, backbone in backbones(model).items():
-        tuned = tuned_parameters(backbone).values()
-        if not tuned or any(parameter.requires_grad for parameter in tuned):
+        if not is_teacher(backbone):
             for name, tensor in frozen_tensors(backbone):
                 yield f'{prefix}.{name}'.lstrip('.'), tensor
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    return model.module if is_model_wrapper(model) else model

@@ -416,7 +416,7 @@ def _sites(module: nn.Module, options: Options) -> list[Site]:
 
 def _affine_sites(module: nn.Module, options: Options) -> list[Site]:
     """Where the scales and shifts are that ``affine=True`` adds."""
-    if options.prompt['type'] in (AFFINE['type'], ScaleShift):
+    if _prompt_class(options.prompt) is ScaleShift:
         raise ValueError(f"affine=True adds prompts of type '{AFFINE['type']}': choose another")
     config = _prompt_config(AFFINE)
     own = replace(options, prompt=config, stages=None)

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from .base_weights import wrong_base
 from .checkpoints import identities
+from .files import whole_file
 from .frozen import (
     PromptedBlock,
     backbones,
@@ -150,7 +151,8 @@ class PromptSets:
             state |= {f'{place}.{key}': value for key, value in prompt.state_dict().items()}
         for place, head in heads(self.backbone).items():
             state |= {f'{place}.{key}': value for key, value in head.state_dict().items()}
-        torch.save(dict(state_dict={**state, **identities(self.backbone)}), path)
+        with whole_file(Path(path)) as partial:
+            torch.save(dict(state_dict={**state, **identities(self.backbone)}), partial)
 
     def remove(self, name: str) -> None:
         """Forget a set.

@@ -28,7 +28,12 @@ HOOKS = Registry(
     'hook',
     parent=MMENGINE_HOOKS,
     scope='protune_mm',
-    locations=['protune_mm.hooks', 'protune_mm.checkpoints', 'protune_mm.resume'],
+    locations=[
+        'protune_mm.hooks',
+        'protune_mm.checkpoints',
+        'protune_mm.files',
+        'protune_mm.resume',
+    ],
 )
 METRICS = Registry(
     'metric', parent=MMENGINE_METRICS, scope='protune_mm', locations=['protune_mm.robustness']

@@ -20,7 +20,8 @@ from mmengine.dist import get_world_size
 from mmengine.hooks import Hook
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 
-from .checkpoints import INFO, PREEMPTED
+from .checkpoints import INFO
+from .files import PREEMPTED
 from .registry import HOOKS
 
 
@@ -133,14 +134,13 @@ class ExactResumeHook(Hook):
         """Note what is to be restored when the first batch is drawn."""
         if not runner._resume:
             return
-        info = checkpoint.get(INFO, {})
-        self._resumed = dict(random=info.get('random'), meta=checkpoint.get('meta', {}))
+        self._resumed = checkpoint.get(INFO, {})
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Go to the batch at which the checkpoint was written."""
         if self._resumed is None:
             return
-        state, self._resumed = self._resumed['random'], None
+        state, self._resumed = self._resumed.get('random'), None
         state = state if get_world_size() == 1 else None
         loop = runner.train_loop
         if isinstance(loop, EpochBasedTrainLoop):

@@ -22,15 +22,9 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .checkpoints import (
-    FillBaseHook,
-    SafeCheckpointHook,
-    TunedCheckpointHook,
-    last_good_checkpoint,
-    note_origin,
-    put_in_place,
-)
+from .checkpoints import FillBaseHook, TunedCheckpointHook, note_origin
 from .config import is_protuned, resolve
+from .files import SafeCheckpointHook, last_good_checkpoint, whole_file
 from .frozen import backbones
 from .hooks import FiniteLossHook, FrozenGuardHook
 from .optim import wrap_constructor
@@ -187,12 +181,10 @@ class ProTuneRunner(Runner):
             super().save_checkpoint(out_dir, filename, *args, **kwargs)
             return
         path = Path(out_dir, filename)
-        partial = path.with_name(f'.{path.name}.partial')
         try:
-            super().save_checkpoint(out_dir, partial.name, *args, **kwargs)
-            put_in_place(partial, path)
+            with whole_file(path) as partial:
+                super().save_checkpoint(out_dir, partial.name, *args, **kwargs)
         except OSError as error:
-            partial.unlink(missing_ok=True)
             raise RuntimeError(
                 f'{path} could not be written ({error.strerror or error}): earlier checkpoints '
                 'are still there; make room and go on with --resume'

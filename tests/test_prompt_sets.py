@@ -86,7 +86,7 @@ def test_switching_is_another_model(tasks):
     assert close(sets.backbone(x), alone['dogs'](x))
 
 
-@pytest.mark.parametrize(('library', 'family'), EXAMPLES)
+@examples
 @torch.no_grad()
 def test_disabled_is_exactly_the_stock_model(library, family):
     stock, tuned = pair(library, family, lean=False)

@@ -18,8 +18,7 @@ from mmengine.utils import ManagerMixin
 
 import protune_mm
 from protune_mm import cli
-from protune_mm.checkpoints import frozen_keys
-from protune_mm.frozen import frozen_tensors
+from protune_mm.frozen import frozen_keys, frozen_tensors
 from tests.conftest import CLS
 
 RANDOM = [

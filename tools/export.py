@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 import protune_mm
 from protune_mm import cli
-from protune_mm.checkpoints import identities, put_in_place, tuned_state_dict
+from protune_mm.checkpoints import identities, tuned_state_dict
 from protune_mm.config import is_protuned, library
+from protune_mm.files import whole_file
 from protune_mm.frozen import backbones
 
 TOLERANCE = 1e-3
@@ -105,12 +106,8 @@ def weights(model: nn.Module, what: str, half: bool = False) -> dict[str, Tensor
 
 def write(checkpoint: dict, path: Path) -> Path:
     """Write a file so that a crash leaves none, or the whole one."""
-    partial = path.with_name(f'.{path.name}.partial')
-    try:
+    with whole_file(path) as partial:
         torch.save(checkpoint, partial)
-        put_in_place(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 
@@ -172,8 +169,7 @@ def to_onnx(
         part = _Classifier(model)
     module = _Forward(part, whole=not backbone and not isinstance(part, _Classifier)).eval()
     images = torch.randn(1, 3, *shape, generator=torch.Generator().manual_seed(0))
-    partial = path.with_name(f'.{path.name}.partial')
-    try:
+    with whole_file(path) as partial:
         with torch.no_grad():
             torch.onnx.export(module, (images,), str(partial), dynamo=True, external_data=False)
             expected = module(images)
@@ -187,9 +183,6 @@ def to_onnx(
                 f'onnx: onnxruntime differs from PyTorch by {worst:.1e} of the largest output: '
                 'no file is written'
             )
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
     return worst
 
 

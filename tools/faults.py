@@ -89,6 +89,7 @@ class Bench:
         )
         self.reference: dict | None = None
         self.long_reference: dict | None = None
+        self.good: Path | None = None
         self._folders = 0
 
     def folder(self) -> Path:
@@ -98,12 +99,14 @@ class Bench:
         path.mkdir()
         return path
 
-    def start(self, work: Path, *options: str, resume: bool = False) -> subprocess.Popen:
-        """Begin a training."""
+    def start(
+        self, work: Path, *options: str, resume: bool = False, output: Path | None = None
+    ) -> subprocess.Popen:
+        """Begin a training; what it prints goes into its work folder, or another."""
         command = [sys.executable, '-W', 'ignore', str(TOOLS / 'train.py'), str(self.config)]
         command += ['--work-dir', str(work)] + ['--resume'] * resume
         command += ['--cfg-options', *options] if options else []
-        return begin(command, work)
+        return begin(command, output or work)
 
     def train(self, work: Path, *options: str, resume: bool = False) -> None:
         """Train to the end."""
@@ -421,8 +424,7 @@ def two_trainings(bench: Bench, _: int) -> str:
     work = bench.folder()
     with running(bench, work, bench.long) as first:
         elsewhere = bench.folder()
-        command = [sys.executable, '-W', 'ignore', str(TOOLS / 'train.py'), str(bench.config)]
-        second = begin([*command, '--work-dir', str(work)], elsewhere)
+        second = bench.start(work, output=elsewhere)
         told = clear_error(wait(second), last_line(elsewhere), 'another training')
         wait(first)
     return f'{told}; the first: {bench.compare(work, bench.long_reference)}'

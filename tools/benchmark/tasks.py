@@ -25,7 +25,6 @@ from cases import arguments, check_tests, quiet, write
 import protune_mm
 from protune_mm.checkpoints import tuned_state_dict
 
-MIB = 2**20
 COUNTS = (1, 4, 16)
 
 

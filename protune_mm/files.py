@@ -1,0 +1,128 @@
+"""Checkpoint files of a training: each is whole or not there, and the last good one is found."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mmengine.dist import is_main_process
+from mmengine.hooks import CheckpointHook
+from mmengine.logging import MMLogger
+
+from .compat import damage
+from .registry import HOOKS
+
+PREEMPTED = 'preempted_iter_{}.pth'
+"""Name of a checkpoint that a signal asked for; the next regular one replaces it."""
+WRITTEN = re.compile(r'(epoch|iter|preempted_iter)_\d+\.pth')
+"""Names of checkpoints of a training; others in its folder are exported ones, say."""
+
+
+@HOOKS.register_module(name='CheckpointHook')
+class SafeCheckpointHook(CheckpointHook):
+    """mmengine's, but an old checkpoint is removed only when the new one is written.
+
+    With ``max_keep_ckpts=1``, say, mmengine removes the only one first.
+    """
+
+    def _save_checkpoint_with_step(self, *args: Any, **kwargs: Any) -> None:
+        with self._removing_late():
+            super()._save_checkpoint_with_step(*args, **kwargs)
+        runner = args[0] if args else kwargs['runner']
+        if is_main_process():
+            for path in Path(runner.work_dir).glob(PREEMPTED.format('*')):
+                path.unlink(missing_ok=True)
+
+    def _save_best_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self._removing_late():
+            super()._save_best_checkpoint(*args, **kwargs)
+
+    @contextmanager
+    def _removing_late(self) -> Iterator[None]:
+        if isinstance(self.file_backend, _LateRemoval):
+            yield
+            return
+        late = _LateRemoval(self.file_backend)
+        self.file_backend = late
+        try:
+            yield
+        finally:
+            self.file_backend = late.backend
+        late.remove_now()
+
+
+class _LateRemoval:
+    """A file backend that remembers what it was told to remove."""
+
+    def __init__(self, backend: Any) -> None:
+        self.backend = backend
+        self._calls: list[tuple] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.backend, name)
+
+    def remove(self, path: str) -> None:
+        self._calls.append((self.backend.remove, path, _inode(path)))
+
+    def rmtree(self, path: str) -> None:
+        self._calls.append((self.backend.rmtree, path, _inode(path)))
+
+    def remove_now(self) -> None:
+        for call, path, inode in self._calls:
+            # The new checkpoint may have the name of the old one.
+            if _inode(path) == inode:
+                call(path)
+
+
+def _inode(path: str) -> int | None:
+    return Path(path).stat().st_ino if Path(path).exists() else None
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A file that a crash leaves as it was, or as it is at the end of the block.
+
+    Args:
+        path: of the file.
+
+    Yields:
+        Path: what to write instead, in the same folder; nothing of it is left after an error.
+    """
+    partial = path.with_name(f'.{path.name}.partial')
+    try:
+        yield partial
+        with partial.open('rb') as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def last_good_checkpoint(folder: str) -> str | None:
+    """The newest checkpoint in a work folder that is whole; None where there is none.
+
+    Args:
+        folder: a Runner's ``work_dir``.
+    """
+    logger = MMLogger.get_current_instance()
+    found = {path for path in Path(folder).glob('*.pth') if WRITTEN.fullmatch(path.name)}
+    pointer = Path(folder, 'last_checkpoint')
+    told = pointer.read_text().strip() if pointer.is_file() else ''
+    if told and '://' in told:
+        return told
+    files = {path.resolve() for path in (found | {Path(told)} if told else found) if path.is_file()}
+    for path in sorted(files, key=lambda p: p.stat().st_mtime_ns, reverse=True):
+        wrong = damage(path)
+        if wrong is None:
+            return str(path)
+        logger.warning(f'checkpoint {path} is left out: {wrong}')
+    return None
