@@ -7,9 +7,11 @@ inside an epoch, and a validation that leaves the random state of the training a
 from __future__ import annotations
 
 import functools
+import os
 import random
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -181,7 +183,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 def unsignalled(dataloader: Any) -> Any:
     """Let the workers of a dataloader go on when the whole group of processes is signalled.
 
-    A worker that dies of it would end the training before it has saved.
+    A worker that dies of it would end the training before it has saved. Told to end by the
+    training itself, it ends.
     """
     if dataloader.num_workers > 0:
         stock = dataloader.worker_init_fn
@@ -191,8 +194,20 @@ def unsignalled(dataloader: Any) -> Any:
 
 def _start_worker(stock: Callable | None, worker: int) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    threading.Thread(target=_end_with_training, daemon=True).start()
     if stock is not None:
         stock(worker)
+
+
+def _end_with_training() -> None:
+    """End this worker on a SIGTERM of its training, as PyTorch's own handler does.
+
+    An interpreter that exits in the middle of an epoch waits for its workers after that.
+    """
+    while True:
+        told = signal.sigwaitinfo(SIGNALS)
+        if told.si_signo == signal.SIGTERM and told.si_pid == os.getppid():
+            os._exit(0)
 
 
 @HOOKS.register_module()
@@ -223,6 +238,10 @@ class PreemptionHook(Hook):
 
     def after_train(self, runner: Runner) -> None:
         """Listen no more."""
+        self.unlisten()
+
+    def unlisten(self) -> None:
+        """Give the signals back; the Runner does so, too, when a training ends by an error."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
@@ -270,7 +289,7 @@ class PreemptionHook(Hook):
             f'{signal.Signals(number).name}: stopped after step {step}; --resume goes on from '
             f'{Path(runner.work_dir, name)}'
         )
-        self.after_train(runner)
+        self.unlisten()
         sys.exit(128 + number)
 
 

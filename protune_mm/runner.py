@@ -102,7 +102,12 @@ class ProTuneRunner(Runner):
         prompt, say, would get none, with only a warning.
         """
         with locked(self.work_dir):
-            return self._train()
+            try:
+                return self._train()
+            finally:
+                for hook in self.hooks:
+                    if isinstance(hook, PreemptionHook):
+                        hook.unlisten()
 
     def _train(self) -> nn.Module:
         names = self.cfg.get('activation_checkpointing', None)

@@ -19,6 +19,7 @@ from mmengine.utils import ManagerMixin
 import protune_mm
 from protune_mm import cli
 from protune_mm.frozen import frozen_keys, frozen_tensors
+from protune_mm.resume import SIGNALS
 from tests.conftest import CLS
 
 RANDOM = [
@@ -278,14 +279,42 @@ def test_a_signal_to_the_whole_group_ends_no_worker(pictures, base, tmp_path):
     class Signal(StopHook):
         def after_train_iter(self, runner, *args, **kwargs):
             if runner.iter + 1 == self.after:
-                for child in multiprocessing.active_children():
-                    os.kill(child.pid, signal.SIGTERM)
-                os.kill(os.getpid(), signal.SIGTERM)
+                group = [os.getpid(), *(c.pid for c in multiprocessing.active_children())]
+                subprocess.run(['kill', *map(str, group)], check=True)
 
     cfg = config(pictures, base, tmp_path, EPOCHS, workers=1)
     assert train(cfg, Signal(4)) == 143
     # The hook that listens had run in that step already.
     assert newest(tmp_path)['meta']['iter'] == 5
+
+
+def test_the_training_ends_its_workers(pictures, base, tmp_path):
+    """An interpreter that exits waits for them."""
+    ended = []
+
+    class Fail(Hook):
+        def after_train_iter(self, runner, *args, **kwargs):
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+                worker.join(30)
+                ended.append(worker.exitcode)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        train(config(pictures, base, tmp_path, EPOCHS, workers=2), Fail())
+    assert ended == [0, 0]
+
+
+def test_an_error_gives_the_signals_back(pictures, base, tmp_path):
+    class Fail(Hook):
+        def after_train_iter(self, runner, *args, **kwargs):
+            assert signal.getsignal(signal.SIGTERM) != before[0]
+            raise ZeroDivisionError
+
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with pytest.raises(ZeroDivisionError):
+        train(config(pictures, base, tmp_path, EPOCHS), Fail())
+    assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(pictures, base, tmp_path, monkeypatch):
