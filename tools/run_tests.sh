@@ -2,6 +2,8 @@
 # Lint and run the whole test suite, in the environment of quickstart.sh.
 #
 #     bash tools/run_tests.sh [arguments of pytest]
+#
+# Without arguments the tests run side by side, one process for each core, four at most.
 set -euo pipefail
 
 # shellcheck source=tools/install.sh
@@ -18,4 +20,10 @@ printf '\n== ruff\n'
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 printf '\n== pytest\n'
+if (($# == 0)); then
+    # Processes that take all cores each slow one another.
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    cores=$(nproc)
+    set -- --numprocesses $((cores < 4 ? cores : 4)) --dist worksteal
+fi
 exec "$PYTHON" -m pytest "$@"
