@@ -39,6 +39,23 @@ def test_resume_goes_on(trained, shapes):
         assert torch.equal(tensor, after[name]) == frozen or not tensor.is_floating_point(), name
 
 
+def test_resume_without_a_checkpoint_starts_from_load_from(trained, shapes, tmp_path):
+    """A job that is put back into a queue says --resume at its first start, too."""
+    start = sorted(trained[0].glob('epoch_*.pth'))[-1]
+    options = [
+        '--cfg-options',
+        f'load_from={start}',
+        'optim_wrapper.optimizer.lr=0',
+        *QUICK,
+        *data(shapes),
+    ]
+    done = run_tool('tools/train.py', SHAPES, '--work-dir', tmp_path, '--resume', *options)
+    assert f'no checkpoint in {tmp_path}: starting anew' in done.stdout
+    before, after = state(start), state(tmp_path / 'epoch_1.pth')
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]) or 'running' in name or 'num_batches' in name, name
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='mmengine has no AMP on the CPU')
 def test_amp(shapes, tmp_path):

@@ -3,6 +3,8 @@
     python tools/faults.py            # 50 kills and all other cases, about a quarter of an hour
     python tools/faults.py --quick    # 5 kills, two of them while a checkpoint is written
 
+Cases run side by side, one for each core; ``--jobs 1`` runs them one after another.
+
 A small classifier is trained on drawn images, in processes of its own, on the CPU. A case ends well
 when the tuned weights are bit-identical to those of a training that nothing happened to (on the
 same base, which its fingerprint tells, so are the outputs), or when the program ends with a
@@ -12,17 +14,20 @@ non-zero status and one line that says why. The exit status is 0 only if all cas
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -78,9 +83,10 @@ class Bench:
     """
 
     def __init__(self, root: Path, seed: int, epochs: int) -> None:
-        self.root, self.random = root, random.Random(seed)
+        self.root, self.seed, self.random = root, seed, random.Random(seed)
         self.epochs = epochs
         self.long = f'train_cfg.max_epochs={epochs}'
+        MMLogger.get_instance('faults', log_level='ERROR')
         draw(root / 'data', seed)
         self.base, self.other_base = (weights(root / f'base{i}.pth', seed + i) for i in (0, 1))
         self.config = root / 'config.py'
@@ -90,14 +96,16 @@ class Bench:
         self.reference: dict | None = None
         self.long_reference: dict | None = None
         self.good: Path | None = None
-        self._folders = 0
+
+    def of_case(self, name: str) -> Bench:
+        """The same bench, with random moments of its own: cases run side by side."""
+        bench = copy.copy(self)
+        bench.random = random.Random(f'{self.seed} {name}')
+        return bench
 
     def folder(self) -> Path:
         """A new work folder."""
-        self._folders += 1
-        path = self.root / f'work{self._folders}'
-        path.mkdir()
-        return path
+        return Path(tempfile.mkdtemp(prefix='work', dir=self.root))
 
     def start(
         self, work: Path, *options: str, resume: bool = False, output: Path | None = None
@@ -155,7 +163,6 @@ def draw(root: Path, seed: int) -> None:
 def weights(path: Path, seed: int) -> Path:
     """A file of random weights of the base."""
     torch.manual_seed(seed)
-    MMLogger.get_instance('faults', log_level='ERROR')
     with DefaultScope.overwrite_default_scope('mmpretrain'):
         backbone = MODELS.build(dict(type='ResNet', depth=18, num_stages=4, style='pytorch'))
     backbone.init_weights()
@@ -163,10 +170,10 @@ def weights(path: Path, seed: int) -> Path:
     return path
 
 
-def begin(command: list[str], work: Path) -> subprocess.Popen:
+def begin(command: list[str], work: Path, **more: str) -> subprocess.Popen:
     """Start a program in a process group of its own, its output in ``work/output``."""
     with (work / 'output').open('ab') as output:
-        environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
+        environment = {**os.environ, 'OMP_NUM_THREADS': '1', **more}
         return subprocess.Popen(
             command, stdout=output, stderr=output, start_new_session=True, env=environment
         )
@@ -261,12 +268,13 @@ def clear_error(status: int, line: str, *parts: str) -> str:
 
 
 def undisturbed(bench: Bench, _: int) -> str:
-    work = bench.folder()
-    bench.train(work)
+    work, long = bench.folder(), bench.folder()
+    with ThreadPoolExecutor(2) as pool:
+        trainings = [pool.submit(bench.train, work), pool.submit(bench.train, long, bench.long)]
+        for training in trainings:
+            training.result()
     bench.reference = tuned(newest(work))
     bench.good = newest(work)
-    long = bench.folder()
-    bench.train(long, bench.long)
     bench.long_reference = tuned(newest(long))
     return f'{len(bench.reference)} tensors, {newest(work).stat().st_size / 1e6:.1f} MB'
 
@@ -404,10 +412,13 @@ HUGE_LOSS = 'model.head.loss.loss_weight=1e300'
 def dead_rank(bench: Bench, _: int) -> str:
     work = bench.folder()
     script = [str(TOOLS / 'dist_train.sh'), str(bench.config), '2', '--work-dir', str(work)]
-    os.environ['PORT'] = str(29000 + bench.random.randrange(900))
-    program = begin(['bash', *script], work)
+    with socket.create_server(('127.0.0.1', 0)) as free:
+        port = free.getsockname()[1]
+    path = f'{Path(sys.executable).parent}:{os.environ["PATH"]}'
+    program = begin(['bash', *script], work, PORT=str(port), PATH=path)
     try:
-        until(lambda: next(work.glob('epoch_*.pth'), None) is not None, program)
+        if not until(lambda: next(work.glob('epoch_*.pth'), None) is not None, program):
+            raise CaseError(f'two ranks did not train: {last_line(work)}')
         ranks = descendants(program.pid)
         os.kill(max(ranks), signal.SIGKILL)
         status = wait(program)
@@ -451,40 +462,60 @@ CASES: dict[str, Callable[[Bench, int], str]] = {
 }  # fmt: skip
 
 
+def run_case(bench: Bench, name: str, count: int) -> str:
+    """What a case has to tell; ``FAILED`` and why if it did not end well."""
+    try:
+        return CASES[name](bench, count)
+    except CaseError as error:
+        return f'FAILED: {error}'
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--quick', action='store_true', help='5 kills instead of 50')
     parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument(
+        '--jobs', type=int, default=min(4, os.cpu_count() or 1), help='cases side by side'
+    )
     parser.add_argument('--only', nargs='+', choices=list(CASES), help='these cases')
     parser.add_argument('--keep', help='a folder that stays, for looking into')
     args = parser.parse_args()
     count = 5 if args.quick else 50
-    chosen = ['undisturbed', *(args.only or list(CASES)[1:])]
+    chosen = args.only or list(CASES)[1:]
     root = Path(args.keep or tempfile.mkdtemp(prefix='faults_'))
     root.mkdir(exist_ok=True)
     os.chdir(root)  # Where code of a malicious file would write.
-    rows, failed = [], 0
+    begun = time.monotonic()
+    rows = dict.fromkeys(['undisturbed', *chosen], '')
+    failed = 0
+
+    def tell(name: str, told: str) -> None:
+        nonlocal failed
+        rows[name], failed = told, failed + told.startswith('FAILED')
+        done, passed = sum(map(bool, rows.values())), time.monotonic() - begun
+        print(f'[{done}/{len(rows)}, {passed:.0f} s] {name}: {told}', flush=True)
+
     try:
         bench = Bench(root.resolve(), args.seed, epochs=8 + 6 * count)
-        for name in dict.fromkeys(chosen):
-            begun = time.monotonic()
-            try:
-                told = CASES[name](bench, count)
-            except CaseError as error:
-                told, failed = f'FAILED: {error}', failed + 1
-            rows.append((name, told))
-            print(f'[{len(rows)}/{len(chosen)}] {name}: {told} ({time.monotonic() - begun:.0f} s)')
-            if name == 'undisturbed' and failed:
-                break
+        tell('undisturbed', run_case(bench, 'undisturbed', count))
+        with ThreadPoolExecutor(args.jobs) as pool:
+            started = {
+                pool.submit(run_case, bench.of_case(name), name, count): name
+                for name in chosen
+                if not failed
+            }
+            for case in as_completed(started):
+                tell(started[case], case.result())
     finally:
         if not args.keep:
             shutil.rmtree(root, ignore_errors=True)
-    width = max(len(name) for name, _ in rows)
+    width = max(map(len, rows))
     print(f'\nseed {args.seed}, protune_mm {protune_mm.__version__}, torch {torch.__version__}\n')
-    for name, told in rows:
+    for name, told in rows.items():
         print(f'{name:{width}}  {told}')
-    print(f'\n{len(rows) - failed} of {len(rows)} cases ended well')
-    sys.exit(1 if failed else 0)
+    well = sum(bool(told) for told in rows.values()) - failed
+    print(f'\n{well} of {len(rows)} cases ended well, in {time.monotonic() - begun:.0f} s')
+    sys.exit(0 if well == len(rows) else 1)
 
 
 if __name__ == '__main__':

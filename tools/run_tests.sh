@@ -21,9 +21,9 @@ printf '\n== ruff\n'
 "$PYTHON" -m ruff format --check .
 printf '\n== pytest\n'
 if (($# == 0)); then
+    cores=$(env -u OMP_NUM_THREADS nproc)
     # Processes that take all cores each slow one another.
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-    cores=$(nproc)
     set -- --numprocesses $((cores < 4 ? cores : 4)) --dist worksteal
 fi
 exec "$PYTHON" -m pytest "$@"
