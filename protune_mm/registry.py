@@ -33,6 +33,7 @@ HOOKS = Registry(
         'protune_mm.checkpoints',
         'protune_mm.files',
         'protune_mm.resume',
+        'protune_mm.show',
     ],
 )
 METRICS = Registry(

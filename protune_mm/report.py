@@ -40,7 +40,13 @@ def parameter_line(model: nn.Module) -> str:
         f'Pro-tuning: backbone frozen {n["frozen"]:,}, prompts {n["prompts"]:,} '
         f'({share:.2f}% of backbone), neck+head {n["rest"]:,}'
     )
-    return line + (f' (+{n["rest_frozen"]:,} frozen)' if n['rest_frozen'] else '')
+    line += f' (+{n["rest_frozen"]:,} frozen)' if n['rest_frozen'] else ''
+    return f'{line}: {frozen_share(n):.1f}% of the model frozen'
+
+
+def frozen_share(counts: dict[str, int]) -> float:
+    """Percent of a model's parameters that do not train, of :func:`parameter_counts`."""
+    return 100 * (counts['frozen'] + counts['rest_frozen']) / max(1, sum(counts.values()))
 
 
 def prompt_rows(model: nn.Module) -> list[dict[str, object]]:

@@ -30,6 +30,7 @@ from .hooks import FiniteLossHook, FrozenGuardHook
 from .optim import wrap_constructor
 from .registry import RUNNERS
 from .resume import ExactResumeHook, PreemptionHook, unsignalled
+from .show import TuningReportHook
 
 STOCK_CHECKPOINT_HOOK = ('CheckpointHook', 'mmengine.CheckpointHook', CheckpointHook)
 LOCK = '.training'
@@ -133,7 +134,7 @@ class ProTuneRunner(Runner):
         if isinstance(checkpoint, dict) and checkpoint.get('type', None) in STOCK_CHECKPOINT_HOOK:
             default_hooks['checkpoint'] = dict(checkpoint, type=SafeCheckpointHook)
         super().register_hooks(default_hooks, custom_hooks)
-        hooks = [ExactResumeHook, PreemptionHook, FiniteLossHook]
+        hooks = [ExactResumeHook, PreemptionHook, FiniteLossHook, TuningReportHook]
         if backbones(self.model):
             hooks += [FrozenGuardHook, FillBaseHook, TunedCheckpointHook]
         for hook in hooks:
