@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -184,48 +183,29 @@ def test_stopped_and_resumed_is_as_never_stopped(make, two, tmp_path):
     assert_same(weights(work), weights(two), rtol=0, atol=0)
 
 
-@contextmanager
-def two_nodes():
-    """Two network namespaces with a cable between them, as commands to run inside."""
-    names = [f'protune{os.getpid()}{side}' for side in 'ab']
-    ip = shutil.which('ip')
-    if ip is None or os.geteuid() != 0:
-        pytest.skip('network namespaces need root and iproute2')
+@pytest.fixture
+def nodes(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+    from two_nodes import two_nodes
+
     try:
-        for i, name in enumerate(names):
-            if subprocess.run([ip, 'netns', 'add', name], capture_output=True).returncode != 0:
-                pytest.skip('network namespaces cannot be made here')
-            if i == 1:
-                cable = ['link', 'add', 'wire', 'netns', names[0], 'type', 'veth', 'peer', 'wire']
-                subprocess.run([ip, *cable, 'netns', name], check=True)
-        for i, name in enumerate(names):
-            inside = [ip, '-n', name]
-            subprocess.run(
-                [*inside, 'addr', 'add', f'10.77.0.{i + 1}/24', 'dev', 'wire'], check=True
-            )
-            for device in ('wire', 'lo'):
-                subprocess.run([*inside, 'link', 'set', device, 'up'], check=True)
-        yield [[ip, 'netns', 'exec', name] for name in names]
-    finally:
-        for name in names:
-            subprocess.run([ip, 'netns', 'del', name], capture_output=True)
+        with two_nodes() as pair:
+            yield pair
+    except OSError as error:
+        pytest.skip(str(error))
 
 
-@pytest.mark.parametrize('how', ['static', 'rendezvous'])
-def test_two_nodes(make, two, tmp_path, how):
-    with two_nodes() as nodes:
-        # Both have the name of this machine, so torchrun is told the address of each.
-        shared = dict(NNODES='2', MASTER_ADDR='10.77.0.1', PORT='29511', GLOO_SOCKET_IFNAME='wire')
-        if how == 'rendezvous':
-            shared['RDZV_ID'] = 'job'
-        works = [tmp_path / 'a', tmp_path / 'b']
-        finish(
-            *(
-                dist('dist_train', make(1), 1, '--work-dir', work, *PLAIN, inside=node,
-                     NODE_RANK=str(i), PET_LOCAL_ADDR=f'10.77.0.{i + 1}', **shared)
-                for i, (node, work) in enumerate(zip(nodes, works, strict=True))
-            )
-        )  # fmt: skip
+@pytest.mark.parametrize('more', [{}, {'RDZV_ID': 'job'}], ids=['static', 'rendezvous'])
+def test_two_nodes(nodes, make, two, tmp_path, more):
+    works = [tmp_path / 'a', tmp_path / 'b']
+    finish(
+        *(
+            dist('dist_train', make(1), 1, '--work-dir', work, *PLAIN, inside=node.inside,
+                 PORT='29511', **node.environment, **more)
+            for node, work in zip(nodes, works, strict=True)
+        )
+    )  # fmt: skip
     written = [work for work in works if list(work.glob('*.pth'))]
     assert len(written) == 1, 'the first rank writes'
     assert_same(weights(written[0]), weights(two), rtol=0, atol=0)
+    assert min(node.sent() for node in nodes) > 1e5, 'they spoke over the cable'
