@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -75,6 +75,10 @@ class State:
     placed: dict = field(default_factory=dict)
     told: Identity | None = None
     fingerprint: tuple = ()
+
+    def pin_fingerprint(self, backbone: nn.Module, known: str) -> None:
+        """Note the fingerprint of a backbone's frozen weights as they are now."""
+        self.fingerprint = (_stamp(identifying(backbone, frozen_tensors(backbone))), known)
 
 
 _plain_maps: ContextVar[list[tuple[Tensor, Tensor]] | None] = ContextVar(
@@ -203,9 +207,8 @@ class ProTunedBackbone:
     def protune_fingerprint(self) -> str:
         """32 hexadecimal digits that stand for every bit of the frozen weights."""
         found = list(identifying(self, frozen_tensors(self)))
-        stamp = [(name, id(t), t.data_ptr(), t._version, t.dtype) for name, t in found]
-        if not self._protune.fingerprint or self._protune.fingerprint[0] != stamp:
-            self._protune.fingerprint = (stamp, fingerprint(found))
+        if not self._protune.fingerprint or self._protune.fingerprint[0] != _stamp(found):
+            self._protune.pin_fingerprint(self, fingerprint(found))
         return self._protune.fingerprint[1]
 
     def _load_from_state_dict(
@@ -232,6 +235,11 @@ class ProTunedBackbone:
             for name, tensor in frozen_tensors(self)
             if getattr(state_dict.get(prefix + name), 'shape', tensor.shape) != tensor.shape
         }
+
+
+def _stamp(tensors: Iterable[tuple[str, Tensor]]) -> list[tuple]:
+    """What changes when one of some tensors does."""
+    return [(name, id(t), t.data_ptr(), t._version, t.dtype) for name, t in tensors]
 
 
 def check_tuned(backbone: nn.Module, told: Identity, state_dict: dict, prefix: str) -> None:
@@ -399,9 +407,13 @@ def is_teacher(backbone: nn.Module) -> bool:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """A model without what is around it for distribution or test-time augmentation."""
+    """A model without what is around it for distribution or test-time augmentation.
+
+    Of a model that FSDP has split it is a twin without data, which has the names and shapes of the
+    whole weights.
+    """
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = model.module
+        model = model.__dict__.get('protune_twin') or model.module
     return model
 
 

@@ -10,6 +10,7 @@ from mmengine.registry import METRICS as MMENGINE_METRICS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_CONSTRUCTORS
 from mmengine.registry import RUNNERS as MMENGINE_RUNNERS
+from mmengine.registry import STRATEGIES as MMENGINE_STRATEGIES
 from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
 from mmengine.registry import Registry
 
@@ -33,6 +34,7 @@ HOOKS = Registry(
         'protune_mm.checkpoints',
         'protune_mm.files',
         'protune_mm.resume',
+        'protune_mm.sharded',
         'protune_mm.show',
     ],
 )
@@ -43,7 +45,13 @@ TRANSFORMS = Registry(
     'transform', parent=MMENGINE_TRANSFORMS, scope='protune_mm', locations=['protune_mm.robustness']
 )
 RUNNERS = Registry(
-    'runner', parent=MMENGINE_RUNNERS, scope='protune_mm', locations=['protune_mm.runner']
+    'runner',
+    parent=MMENGINE_RUNNERS,
+    scope='protune_mm',
+    locations=['protune_mm.runner', 'protune_mm.sharded'],
+)
+STRATEGIES = Registry(
+    'strategy', parent=MMENGINE_STRATEGIES, scope='protune_mm', locations=['protune_mm.sharded']
 )
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optimizer wrapper constructor',

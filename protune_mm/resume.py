@@ -280,7 +280,10 @@ class PreemptionHook(Hook):
         """Write a checkpoint where ``--resume`` finds it, and exit."""
         name = PREEMPTED.format(step)
         runner.save_checkpoint(
-            runner.work_dir, name, meta=dict(epoch=epoch, iter=step), by_epoch=False
+            runner.work_dir,
+            name,
+            meta=dict(epoch=epoch, iter=step),
+            by_epoch=epoch > runner.epoch,
         )
         if self._group is not None:
             # The first to exit takes the others with it: not before the file is written.

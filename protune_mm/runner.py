@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmengine.dist import is_distributed, is_main_process
-from mmengine.hooks import CheckpointHook
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.model import MMDistributedDataParallel, is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
@@ -37,8 +37,76 @@ LOCK = '.training'
 """Name of the file in a work folder that a running training holds locked."""
 
 
+class CarefulRunner:
+    """What any runner of ours adds to mmengine's: whole checkpoints, locks and hooks."""
+
+    def train(self) -> nn.Module:
+        """Train; nobody else writes to the work folder, and signals are given back at the end."""
+        with locked(self.work_dir):
+            try:
+                return super().train()
+            finally:
+                for hook in self.hooks:
+                    if isinstance(hook, PreemptionHook):
+                        hook.unlisten()
+
+    def own_hooks(self) -> list[type[Hook]]:
+        """Hooks that a training has, unless its config names them."""
+        raise NotImplementedError
+
+    def register_hooks(self, default_hooks: Any = None, custom_hooks: Any = None) -> None:
+        """Register the config's hooks, and those of ours that the config does not name.
+
+        The checkpoint hook is ours, too, where the config names the stock one.
+        """
+        default_hooks = dict(default_hooks or {})
+        default_hooks.setdefault('checkpoint', dict(type='CheckpointHook'))
+        checkpoint = default_hooks['checkpoint']
+        if isinstance(checkpoint, dict) and checkpoint.get('type', None) in STOCK_CHECKPOINT_HOOK:
+            default_hooks['checkpoint'] = dict(checkpoint, type=SafeCheckpointHook)
+        super().register_hooks(default_hooks, custom_hooks)
+        for hook in self.own_hooks():
+            if not any(isinstance(there, hook) for there in self.hooks):
+                self.register_hook(hook())
+
+    def load_or_resume(self) -> None:
+        """Load or resume; ``resume`` without a file finds the newest checkpoint that is whole.
+
+        mmengine takes what the file ``last_checkpoint`` names, which a crash may have left behind
+        empty, or of a checkpoint that was being written.
+        """
+        if self._resume and self._load_from is None and not self._has_loaded:
+            self._load_from = last_good_checkpoint(self.work_dir)
+            if self._load_from is None:
+                self.logger.info(f'no checkpoint in {self.work_dir}: starting anew')
+                # Not a resumed training: its hooks are not to wait for a checkpoint.
+                self._resume = False
+                return
+            self.logger.info(f'resuming from the latest checkpoint {self._load_from}')
+        super().load_or_resume()
+
+    def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
+        """Save a checkpoint so that a crash leaves the old file or the new one, whole.
+
+        Raises:
+            RuntimeError: it could not be written. What was there before still is.
+        """
+        if '://' in str(out_dir) or not is_main_process():
+            super().save_checkpoint(out_dir, filename, *args, **kwargs)
+            return
+        path = Path(out_dir, filename)
+        try:
+            with whole_file(path) as partial:
+                super().save_checkpoint(out_dir, partial.name, *args, **kwargs)
+        except OSError as error:
+            raise RuntimeError(
+                f'{path} could not be written ({error.strerror or error}): earlier checkpoints '
+                'are still there; make room and go on with --resume'
+            ) from error
+
+
 @RUNNERS.register_module()
-class ProTuneRunner(Runner):
+class ProTuneRunner(CarefulRunner, Runner):
     """mmengine's Runner for a config with a Pro-tuned backbone.
 
     Named in a config as ``runner_type='protune_mm.ProTuneRunner'``, beside the canonical line or
@@ -102,15 +170,6 @@ class ProTuneRunner(Runner):
         mmengine's own is reentrant: a region whose input needs no gradient, a frozen stem and a
         prompt, say, would get none, with only a warning.
         """
-        with locked(self.work_dir):
-            try:
-                return self._train()
-            finally:
-                for hook in self.hooks:
-                    if isinstance(hook, PreemptionHook):
-                        hook.unlisten()
-
-    def _train(self) -> nn.Module:
         names = self.cfg.get('activation_checkpointing', None)
         if names is None:
             return super().train()
@@ -123,23 +182,12 @@ class ProTuneRunner(Runner):
         finally:
             self.cfg.activation_checkpointing = names
 
-    def register_hooks(self, default_hooks: Any = None, custom_hooks: Any = None) -> None:
-        """Register the config's hooks, and those of ours that the config does not name.
-
-        The checkpoint hook is ours, too, where the config names the stock one.
-        """
-        default_hooks = dict(default_hooks or {})
-        default_hooks.setdefault('checkpoint', dict(type='CheckpointHook'))
-        checkpoint = default_hooks['checkpoint']
-        if isinstance(checkpoint, dict) and checkpoint.get('type', None) in STOCK_CHECKPOINT_HOOK:
-            default_hooks['checkpoint'] = dict(checkpoint, type=SafeCheckpointHook)
-        super().register_hooks(default_hooks, custom_hooks)
+    def own_hooks(self) -> list[type[Hook]]:
+        """Hooks of ours that a training has."""
         hooks = [ExactResumeHook, PreemptionHook, FiniteLossHook, TuningReportHook]
         if backbones(self.model):
             hooks += [FrozenGuardHook, FillBaseHook, TunedCheckpointHook]
-        for hook in hooks:
-            if not any(isinstance(there, hook) for there in self.hooks):
-                self.register_hook(hook())
+        return hooks
 
     def build_train_loop(self, loop: Any) -> Any:
         """Build the loop; a signal does not end the workers of its dataloader."""
@@ -160,41 +208,6 @@ class ProTuneRunner(Runner):
         checkpoint = super().load_checkpoint(filename, *args, **kwargs)
         note_origin(self.model, checkpoint, filename)
         return checkpoint
-
-    def load_or_resume(self) -> None:
-        """Load or resume; ``resume`` without a file finds the newest checkpoint that is whole.
-
-        mmengine takes what the file ``last_checkpoint`` names, which a crash may have left behind
-        empty, or of a checkpoint that was being written.
-        """
-        if self._resume and self._load_from is None and not self._has_loaded:
-            self._load_from = last_good_checkpoint(self.work_dir)
-            if self._load_from is None:
-                self.logger.info(f'no checkpoint in {self.work_dir}: starting anew')
-                # Not a resumed training: its hooks are not to wait for a checkpoint.
-                self._resume = False
-                return
-            self.logger.info(f'resuming from the latest checkpoint {self._load_from}')
-        super().load_or_resume()
-
-    def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
-        """Save a checkpoint so that a crash leaves the old file or the new one, whole.
-
-        Raises:
-            RuntimeError: it could not be written. What was there before still is.
-        """
-        if '://' in str(out_dir) or not is_main_process():
-            super().save_checkpoint(out_dir, filename, *args, **kwargs)
-            return
-        path = Path(out_dir, filename)
-        try:
-            with whole_file(path) as partial:
-                super().save_checkpoint(out_dir, partial.name, *args, **kwargs)
-        except OSError as error:
-            raise RuntimeError(
-                f'{path} could not be written ({error.strerror or error}): earlier checkpoints '
-                'are still there; make room and go on with --resume'
-            ) from error
 
 
 @contextlib.contextmanager

@@ -21,9 +21,10 @@ with warnings.catch_warnings():
     from mmengine.logging import MMLogger
     from mmengine.registry import MODELS, DefaultScope
 
-    import protune_mm  # noqa: F401
+    import protune_mm
     from protune_mm.stages import FAMILIES
 
+from tests.processes import EPOCHS, PLAIN, TRAIN, dist, finish
 from tests.small_runs import CLS, QUICK, SEG, SHAPES, data
 
 ROOT = Path(__file__).parent.parent
@@ -194,3 +195,31 @@ def trained_cls(pictures, tmp_path_factory):
     plain = ['--no-pin-memory', '--no-persistent-workers']
     run_tool(STOCK_TOOLS['mmpretrain'] / 'train.py', config, *plain, '--work-dir', work)
     return config, work / 'epoch_1.pth'
+
+
+@pytest.fixture(scope='session')
+def distributed(pictures, tmp_path_factory):
+    """A function: the config of a training, for the batch size of each process."""
+    root = tmp_path_factory.mktemp('dist')
+    torch.manual_seed(0)
+    stock = protune_mm.load_config('mmpretrain::resnet/resnet18_8xb32_in1k.py').model.backbone
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        torch.save(MODELS.build(stock).state_dict(), root / 'base.pth')
+
+    def make(batch, epochs=EPOCHS):
+        path = root / f'config_{batch}_{epochs}.py'
+        more = TRAIN.format(batch=batch, epochs=epochs, base=str(root / 'base.pth'))
+        text = CLS.format(root=str(pictures / 'classes')).replace('batch_size=2', 'batch_size=1', 1)
+        (root / f'stock_{batch}.py').write_text(text)
+        path.write_text(f"_base_ = ['stock_{batch}.py']\n{more}")
+        return path
+
+    return make
+
+
+@pytest.fixture(scope='session')
+def two(distributed, tmp_path_factory):
+    """Work folder of two processes with a batch of one each."""
+    work = tmp_path_factory.mktemp('two')
+    finish(dist('dist_train', distributed(1), 2, '--work-dir', work, *PLAIN))
+    return work

@@ -4,112 +4,19 @@ import json
 import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from mmengine.registry import MODELS, DefaultScope
 
-import protune_mm
 from tests.conftest import ROOT, run_tool
-from tests.small_runs import CLS, SHAPES, data
-
-EPOCHS = 2
-TRAIN = """
-train_dataloader = dict(batch_size={batch})
-train_cfg = dict(max_epochs={epochs}, val_interval=100)
-default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=1, max_keep_ckpts=2))
-optim_wrapper = dict(optimizer=dict(_delete_=True, type='SGD', lr=0.1, momentum=0.9))
-param_scheduler = []
-model = dict(
-    backbone=dict(init_cfg=dict(type='Pretrained', checkpoint={base!r})),
-    head=dict(init_cfg=dict(type='Normal', layer='Linear', std=0.01)),
-)
-randomness = dict(seed=1)
-"""
-PLAIN = ['--no-pin-memory', '--no-persistent-workers']
+from tests.processes import PLAIN, assert_same, dist, finish, weights
+from tests.small_runs import SHAPES, data
 
 
-def environment(**more):
-    """What a script with ``python`` in it needs; two processes have a port of their own."""
-    with socket.create_server(('127.0.0.1', 0)) as free:
-        port = free.getsockname()[1]
-    path = f'{Path(sys.executable).parent}:{os.environ["PATH"]}'
-    return {
-        **os.environ, 'OMP_NUM_THREADS': '1', 'PATH': path, 'PORT': str(port),
-        'PYTHONWARNINGS': 'ignore', **more,
-    }  # fmt: skip
-
-
-def dist(script, *arguments, inside=(), **more):
-    """Start tools/dist_*.sh."""
-    command = [*inside, 'bash', f'tools/{script}.sh', *map(str, arguments)]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment(**more), stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-
-
-def finish(*programs, status=0):
-    """Output of programs that end with a status."""
-    try:
-        texts = [program.communicate(timeout=300)[0] for program in programs]
-    finally:
-        for program in programs:
-            if program.poll() is None:
-                program.kill()
-    for program, text in zip(programs, texts, strict=True):
-        assert program.returncode == status, text[-4000:]
-    return texts[0]
-
-
-def weights(work):
-    path = max(work.glob('*.pth'), key=lambda p: p.stat().st_mtime_ns)
-    return torch.load(path, weights_only=True)['state_dict']
-
-
-@pytest.fixture(scope='module')
-def make(pictures, tmp_path_factory):
-    """A config of the given batch size for each process."""
-    root = tmp_path_factory.mktemp('dist')
-    torch.manual_seed(0)
-    stock = protune_mm.load_config('mmpretrain::resnet/resnet18_8xb32_in1k.py').model.backbone
-    with DefaultScope.overwrite_default_scope('mmpretrain'):
-        torch.save(MODELS.build(stock).state_dict(), root / 'base.pth')
-
-    def make(batch, epochs=EPOCHS):
-        path = root / f'config_{batch}_{epochs}.py'
-        more = TRAIN.format(batch=batch, epochs=epochs, base=str(root / 'base.pth'))
-        text = CLS.format(root=str(pictures / 'classes')).replace('batch_size=2', 'batch_size=1', 1)
-        (root / f'stock_{batch}.py').write_text(text)
-        path.write_text(f"_base_ = ['stock_{batch}.py']\n{more}")
-        return path
-
-    return make
-
-
-@pytest.fixture(scope='module')
-def two(make, tmp_path_factory):
-    """Work folder of two processes with a batch of one each."""
-    work = tmp_path_factory.mktemp('two')
-    finish(dist('dist_train', make(1), 2, '--work-dir', work, *PLAIN))
-    return work
-
-
-def assert_same(found, expected, **tolerance):
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(
-            found[name], tensor, **tolerance, msg=lambda m, n=name: f'{n}: {m}'
-        )
-
-
-def test_two_processes_are_one_with_the_double_batch(make, two, tmp_path):
-    run_tool('tools/train.py', make(2), '--work-dir', tmp_path, *PLAIN)
+def test_two_processes_are_one_with_the_double_batch(distributed, two, tmp_path):
+    run_tool('tools/train.py', distributed(2), '--work-dir', tmp_path, *PLAIN)
     one = weights(tmp_path)
     # float32 sums in another order, over six steps of momentum.
     assert_same(weights(two), one, rtol=1e-5, atol=1e-6)
@@ -153,8 +60,8 @@ LONG = 200
 @pytest.mark.parametrize(
     ('whom', 'number'), [('torchrun', signal.SIGUSR1), ('one rank', signal.SIGTERM)]
 )
-def test_a_signal_stops_all_after_the_same_step(make, tmp_path, whom, number):
-    program = dist('dist_train', make(1, LONG), 2, '--work-dir', tmp_path, *PLAIN)
+def test_a_signal_stops_all_after_the_same_step(distributed, tmp_path, whom, number):
+    program = dist('dist_train', distributed(1, LONG), 2, '--work-dir', tmp_path, *PLAIN)
     end = time.monotonic() + 200
     while not list(tmp_path.glob('epoch_*.pth')) and program.poll() is None:
         assert time.monotonic() < end
@@ -168,18 +75,18 @@ def test_a_signal_stops_all_after_the_same_step(make, tmp_path, whom, number):
     step = torch.load(saved, weights_only=True)['meta']['iter']
     assert text.count(f'stopped after step {step};') == 1, 'told once'
     text = finish(
-        dist('dist_train', make(1, LONG), 2, '--work-dir', tmp_path, *PLAIN, '--resume',
+        dist('dist_train', distributed(1, LONG), 2, '--work-dir', tmp_path, *PLAIN, '--resume',
              '--cfg-options', f'train_cfg.max_epochs={step // 3 + 2}')
     )  # fmt: skip
     assert f'resumed epoch: {step // 3}, iter: {step}' in text
 
 
-def test_stopped_and_resumed_is_as_never_stopped(make, two, tmp_path):
+def test_stopped_and_resumed_is_as_never_stopped(distributed, two, tmp_path):
     """Two processes, from the end of the first epoch."""
     work = tmp_path / 'work'
     work.mkdir()
     shutil.copy(two / 'epoch_1.pth', work)
-    finish(dist('dist_train', make(1), 2, '--work-dir', work, *PLAIN, '--resume'))
+    finish(dist('dist_train', distributed(1), 2, '--work-dir', work, *PLAIN, '--resume'))
     assert_same(weights(work), weights(two), rtol=0, atol=0)
 
 
@@ -196,11 +103,11 @@ def nodes(monkeypatch):
 
 
 @pytest.mark.parametrize('more', [{}, {'RDZV_ID': 'job'}], ids=['static', 'rendezvous'])
-def test_two_nodes(nodes, make, two, tmp_path, more):
+def test_two_nodes(nodes, distributed, two, tmp_path, more):
     works = [tmp_path / 'a', tmp_path / 'b']
     finish(
         *(
-            dist('dist_train', make(1), 1, '--work-dir', work, *PLAIN, inside=node.inside,
+            dist('dist_train', distributed(1), 1, '--work-dir', work, *PLAIN, inside=node.inside,
                  PORT='29511', **node.environment, **more)
             for node, work in zip(nodes, works, strict=True)
         )
