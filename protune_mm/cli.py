@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
@@ -135,6 +136,12 @@ def build_runner(cfg: Config) -> Runner:
     return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
 
 
+def _leave_group() -> None:
+    """Take leave of the other processes: the threads of a group abort one that just exits."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a tool; bad input ends in one line on standard error and exit status 2.
 
@@ -142,6 +149,10 @@ def run(main: Callable[[], None]) -> None:
     """
     try:
         main()
+        _leave_group()
+    except SystemExit:  # A training that a signal has stopped.
+        _leave_group()
+        raise
     except Exception as error:
         if os.environ.get(DEBUG) == '1' or not _is_bad_input(error):
             raise
