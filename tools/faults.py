@@ -6,9 +6,9 @@
 Cases run side by side, one for each core; ``--jobs 1`` runs them one after another.
 
 A small classifier is trained on drawn images, in processes of its own, on the CPU. A case ends well
-when the tuned weights are bit-identical to those of a training that nothing happened to (on the
-same base, which its fingerprint tells, so are the outputs), or when the program ends with a
-non-zero status and one line that says why. The exit status is 0 only if all cases ended well.
+when the tuned weights, and the outputs of the model on a fixed batch, are bit-identical to those of
+a training that nothing happened to, or when the program ends with a non-zero status and one line
+that says why. The exit status is 0 only if all cases ended well.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -36,6 +37,8 @@ import numpy as np
 import torch
 from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, DefaultScope
+from mmengine.runner import load_checkpoint
+from torch import Tensor
 
 import protune_mm
 
@@ -93,8 +96,8 @@ class Bench:
         self.config.write_text(
             CONFIG.format(data=str(root / 'data'), base=str(self.base), epochs=8)
         )
-        self.reference: dict | None = None
-        self.long_reference: dict | None = None
+        self.reference: tuple[dict, Tensor] | None = None
+        self.long_reference: tuple[dict, Tensor] | None = None
         self.good: Path | None = None
 
     def of_case(self, name: str) -> Bench:
@@ -131,20 +134,35 @@ class Bench:
         command += ['--cfg-options', *options] if options else []
         return wait(begin(command, work)), last_line(work)
 
-    def compare(self, work: Path, reference: dict | None = None) -> str:
+    def model(self, work: Path) -> tuple[dict, Tensor]:
+        """Tuned weights in the last checkpoint, and what the model that loads it returns."""
+        path = newest(work)
+        batch = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(self.seed))
+        # mmengine's scope belongs to the whole process, and cases run in threads of it.
+        with _building, DefaultScope.overwrite_default_scope('mmpretrain'), torch.no_grad():
+            model = MODELS.build(protune_mm.load_config(str(self.config)).model).eval()
+            load_checkpoint(model, str(path), map_location='cpu', logger='faults')
+            return tuned(path), model(batch)
+
+    def compare(self, work: Path, reference: tuple[dict, Tensor] | None = None) -> str:
         """Say that the last checkpoint is the reference's, bit for bit.
 
         Raises:
             CaseError: it is not.
         """
-        reference = reference or self.reference
-        found = tuned(newest(work))
-        if found.keys() != reference.keys():
+        weights, outputs = reference or self.reference
+        found, seen = self.model(work)
+        if found.keys() != weights.keys():
             raise CaseError('the checkpoint has other keys than the reference')
-        for name, tensor in reference.items():
+        for name, tensor in weights.items():
             if not torch.equal(tensor, found[name]):
                 raise CaseError(f'{name} differs from the reference')
+        if not torch.equal(outputs, seen):
+            raise CaseError('the model returns something else than the reference')
         return 'right model, bit for bit'
+
+
+_building = threading.Lock()
 
 
 class CaseError(Exception):
@@ -273,10 +291,10 @@ def undisturbed(bench: Bench, _: int) -> str:
         trainings = [pool.submit(bench.train, work), pool.submit(bench.train, long, bench.long)]
         for training in trainings:
             training.result()
-    bench.reference = tuned(newest(work))
+    bench.reference = bench.model(work)
     bench.good = newest(work)
-    bench.long_reference = tuned(newest(long))
-    return f'{len(bench.reference)} tensors, {newest(work).stat().st_size / 1e6:.1f} MB'
+    bench.long_reference = bench.model(long)
+    return f'{len(bench.reference[0])} tensors, {newest(work).stat().st_size / 1e6:.1f} MB'
 
 
 def kills(bench: Bench, count: int) -> str:
@@ -390,14 +408,14 @@ def dead_worker(bench: Bench, _: int) -> str:
     bench.train(work, 'train_dataloader.num_workers=1', resume=True)
     whole = bench.folder()
     bench.train(whole, 'train_dataloader.num_workers=1')
-    return f'{told}; then {bench.compare(work, tuned(newest(whole)))}'
+    return f'{told}; then {bench.compare(work, bench.model(whole))}'
 
 
 def no_number(bench: Bench, _: int) -> str:
     work = bench.folder()
     with running(bench, work):
         pass
-    before = tuned(newest(work))
+    before = bench.model(work)
     program = bench.start(work, HUGE_LOSS, resume=True)
     told = clear_error(wait(program), last_line(work), 'diverged')
     bench.compare(work, before)
