@@ -30,9 +30,10 @@ class SafeCheckpointHook(CheckpointHook):
     """
 
     def _save_checkpoint_with_step(self, *args: Any, **kwargs: Any) -> None:
+        runner = args[0] if args else kwargs['runner']
+        runner.call_hook('gather_random_states')
         with self._removing_late():
             super()._save_checkpoint_with_step(*args, **kwargs)
-        runner = args[0] if args else kwargs['runner']
         if is_main_process():
             for path in Path(runner.work_dir).glob(PREEMPTED.format('*')):
                 path.unlink(missing_ok=True)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.dist import get_world_size
+from mmengine.dist import all_gather_object, get_rank, get_world_size
 from mmengine.hooks import Hook
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 
@@ -113,9 +113,9 @@ class _Advancing:
 class ExactResumeHook(Hook):
     """Save the random state and the place in the epoch, and go on from there.
 
-    With one process on a CPU and a seed, a resumed training is bit-identical to one that never
-    stopped, as long as its data workers are not persistent: those carry their own random state
-    from one epoch to the next. With several processes the generators start anew, as in mmengine.
+    On a CPU with a seed, a resumed training is bit-identical to one that never stopped, as long as
+    its data workers are not persistent: those carry their own random state from one epoch to the
+    next. Several processes each go on from their own state; another number of them start anew.
     """
 
     # After DistSamplerSeedHook, which needs the dataloader itself.
@@ -125,12 +125,22 @@ class ExactResumeHook(Hook):
         self._before_val: dict | None = None
         self._resumed: dict | None = None
         self._whole: Any = None
+        self._gathered: list[dict] | None = None
+
+    def gather_random_states(self, runner: Runner) -> None:
+        """Collect the states of all processes, which are about to save a checkpoint together.
+
+        Only the first one writes it, so this is called where all of them come.
+        """
+        self._gathered = all_gather_object(self._before_val or random_state())
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Add the random state, that before a validation if one is going on."""
-        info = checkpoint.setdefault(INFO, {})
-        if get_world_size() == 1:
-            info['random'] = self._before_val or random_state()
+        """Add the random states, those before a validation if one is going on."""
+        states, self._gathered = self._gathered, None
+        if states is None and get_world_size() == 1:
+            states = [self._before_val or random_state()]
+        if states is not None:
+            checkpoint.setdefault(INFO, {})['random'] = states
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Note what is to be restored when the first batch is drawn."""
@@ -142,8 +152,8 @@ class ExactResumeHook(Hook):
         """Go to the batch at which the checkpoint was written."""
         if self._resumed is None:
             return
-        state, self._resumed = self._resumed.get('random'), None
-        state = state if get_world_size() == 1 else None
+        states, self._resumed = self._resumed.get('random', []), None
+        state = states[get_rank()] if len(states) == get_world_size() else None
         loop = runner.train_loop
         if isinstance(loop, EpochBasedTrainLoop):
             skip = loop.iter - loop.epoch * len(loop.dataloader)
@@ -279,6 +289,7 @@ class PreemptionHook(Hook):
     def _stop(self, runner: Runner, epoch: int, step: int, number: int) -> None:
         """Write a checkpoint where ``--resume`` finds it, and exit."""
         name = PREEMPTED.format(step)
+        runner.call_hook('gather_random_states')
         runner.save_checkpoint(
             runner.work_dir,
             name,

@@ -81,13 +81,27 @@ def test_a_signal_stops_all_after_the_same_step(distributed, tmp_path, whom, num
     assert f'resumed epoch: {step // 3}, iter: {step}' in text
 
 
-def test_stopped_and_resumed_is_as_never_stopped(distributed, two, tmp_path):
-    """Two processes, from the end of the first epoch."""
-    work = tmp_path / 'work'
-    work.mkdir()
-    shutil.copy(two / 'epoch_1.pth', work)
-    finish(dist('dist_train', distributed(1), 2, '--work-dir', work, *PLAIN, '--resume'))
-    assert_same(weights(work), weights(two), rtol=0, atol=0)
+RANDOM = """
+pipeline = [
+    dict(type='LoadImageFromFile'), dict(type='RandomResizedCrop', scale=32),
+    dict(type='RandomFlip', prob=0.5), dict(type='PackInputs'),
+]
+train_dataloader = dict(dataset=dict(pipeline=pipeline))
+"""
+
+
+def test_stopped_and_resumed_is_as_never_stopped(distributed, tmp_path):
+    """Two processes, from the end of the first epoch, with what each draws at random."""
+    config = distributed(1).with_name('random.py')
+    config.write_text(f"_base_ = ['{distributed(1).name}']\n{RANDOM}")
+    whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+    finish(dist('dist_train', config, 2, '--work-dir', whole, *PLAIN))
+    parts.mkdir()
+    shutil.copy(whole / 'epoch_1.pth', parts)
+    random = torch.load(whole / 'epoch_1.pth', weights_only=True)['protune_mm']['random']
+    assert len(random) == 2
+    finish(dist('dist_train', config, 2, '--work-dir', parts, *PLAIN, '--resume'))
+    assert_same(weights(parts), weights(whole), rtol=0, atol=0)
 
 
 @pytest.fixture

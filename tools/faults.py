@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import os
+import platform
 import random
 import resource
 import shutil
@@ -71,6 +72,16 @@ model = dict(
 data_preprocessor = dict(num_classes=2)
 default_hooks = dict(checkpoint=dict(interval=1, max_keep_ckpts=2), logger=dict(interval=1))
 randomness = dict(seed=0)
+"""
+DOCUMENT = """# What happens when things go wrong
+
+A small classifier is trained again and again, and each time something goes wrong. A case ends well
+when the tuned weights and the outputs of the model on a fixed batch are, bit for bit, those of a
+training that nothing happened to, or when the program ends with a non-zero status and one line that
+says why.
+
+    python tools/faults.py --out docs/faults.md
+
 """
 PATIENCE = 120
 """Seconds after which a program that should end has not."""
@@ -427,26 +438,41 @@ HUGE_LOSS = 'model.head.loss.loss_weight=1e300'
 """More than a float32 holds."""
 
 
-def dead_rank(bench: Bench, _: int) -> str:
-    work = bench.folder()
-    script = [str(TOOLS / 'dist_train.sh'), str(bench.config), '2', '--work-dir', str(work)]
+def ranks(bench: Bench, work: Path, resume: bool = False) -> subprocess.Popen:
+    """Begin a training of two processes."""
     with socket.create_server(('127.0.0.1', 0)) as free:
         port = free.getsockname()[1]
     path = f'{Path(sys.executable).parent}:{os.environ["PATH"]}'
-    program = begin(['bash', *script], work, PORT=str(port), PATH=path)
+    command = [
+        'bash',
+        str(TOOLS / 'dist_train.sh'),
+        str(bench.config),
+        '2',
+        '--work-dir',
+        str(work),
+    ]
+    return begin(command + ['--resume'] * resume, work, PORT=str(port), PATH=path)
+
+
+def dead_rank(bench: Bench, _: int) -> str:
+    whole, work = bench.folder(), bench.folder()
+    if wait(ranks(bench, whole)) != 0:
+        raise CaseError(f'two ranks do not train: {last_line(whole)}')
+    program = ranks(bench, work)
     try:
         if not until(lambda: next(work.glob('epoch_*.pth'), None) is not None, program):
-            raise CaseError(f'two ranks did not train: {last_line(work)}')
-        ranks = descendants(program.pid)
-        os.kill(max(ranks), signal.SIGKILL)
+            raise CaseError(f'two ranks do not train: {last_line(work)}')
+        os.kill(max(descendants(program.pid)), signal.SIGKILL)
         status = wait(program)
     finally:
         kill_group(program)
     text = (work / 'output').read_text(errors='replace')
     if status == 0 or ('SIGKILL' not in text and 'Signal 9' not in text):
         raise CaseError(f'exit status {status}: {last_line(work)}')
-    bench.train(work, resume=True)
-    return f'exit status {status}, names the rank and its signal; resumes to the end'
+    if wait(ranks(bench, work, resume=True)) != 0:
+        raise CaseError(f'it does not resume: {last_line(work)}')
+    told = bench.compare(work, bench.model(whole))
+    return f'exit status {status}, names the rank and its signal; then {told}'
 
 
 def two_trainings(bench: Bench, _: int) -> str:
@@ -496,10 +522,12 @@ def main() -> None:
         '--jobs', type=int, default=min(4, os.cpu_count() or 1), help='cases side by side'
     )
     parser.add_argument('--only', nargs='+', choices=list(CASES), help='these cases')
+    parser.add_argument('--out', type=Path, help='a document to write the table to')
     parser.add_argument('--keep', help='a folder that stays, for looking into')
     args = parser.parse_args()
     count = 5 if args.quick else 50
     chosen = args.only or list(CASES)[1:]
+    args.out = args.out and args.out.resolve()
     root = Path(args.keep or tempfile.mkdtemp(prefix='faults_'))
     root.mkdir(exist_ok=True)
     os.chdir(root)  # Where code of a malicious file would write.
@@ -528,11 +556,18 @@ def main() -> None:
         if not args.keep:
             shutil.rmtree(root, ignore_errors=True)
     width = max(map(len, rows))
-    print(f'\nseed {args.seed}, protune_mm {protune_mm.__version__}, torch {torch.__version__}\n')
-    for name, told in rows.items():
-        print(f'{name:{width}}  {told}')
     well = sum(bool(told) for told in rows.values()) - failed
-    print(f'\n{well} of {len(rows)} cases ended well, in {time.monotonic() - begun:.0f} s')
+    table = '\n'.join(
+        f'{name:{width}}  {told.replace(str(root), "")}' for name, told in rows.items()
+    )
+    summary = (
+        f'{table}\n\n{well} of {len(rows)} cases ended well, in {time.monotonic() - begun:.0f} s\n'
+        f'seed {args.seed}, protune_mm {protune_mm.__version__}, torch {torch.__version__}, '
+        f'{platform.machine()}, {args.jobs} cases side by side\n'
+    )
+    print(f'\n{summary}')
+    if args.out:
+        Path(args.out).write_text(f'{DOCUMENT}```\n{summary}```\n')
     sys.exit(0 if well == len(rows) else 1)
 
 
