@@ -30,6 +30,8 @@ def environment(**more):
     with socket.create_server(('127.0.0.1', 0)) as free:
         port = free.getsockname()[1]
     path = f'{Path(sys.executable).parent}:{os.environ["PATH"]}'
+    if torch.cuda.device_count() < 2:
+        more.setdefault('CUDA_VISIBLE_DEVICES', '')  # Two processes cannot share a GPU over NCCL.
     return {
         **os.environ, 'OMP_NUM_THREADS': '1', 'PATH': path, 'PORT': str(port),
         'PYTHONWARNINGS': 'ignore', **more,
