@@ -12,6 +12,7 @@ import copy
 import os
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -144,6 +145,9 @@ class ProTuneFSDPStrategy(FSDPStrategy):
         parts = {whole_name(name): p for name, p in model.named_parameters()}
         for group in optim_wrapper.optimizer.param_groups:
             group['params'] = [parts[self.id_to_name[id(p)]] for p in group['params']]
+        if getattr(optim_wrapper, 'clip_func', None) is nn.utils.clip_grad_norm_:
+            # Of its part alone each process would know another norm.
+            optim_wrapper.clip_func = partial(_clip_grad_norm, model)
         return optim_wrapper
 
     def optim_state_dict(self) -> dict:
@@ -199,6 +203,12 @@ class ProTuneFSDPStrategy(FSDPStrategy):
         }
         with _state_dict_warnings():
             self.model.load_state_dict(state, strict=strict)
+
+
+def _clip_grad_norm(
+    model: FSDP, _: Any, max_norm: float, norm_type: float = 2.0, **kwargs: Any
+) -> torch.Tensor:
+    return model.clip_grad_norm_(max_norm, norm_type)
 
 
 STATE = ('state', 'param_groups')

@@ -14,7 +14,10 @@ TRAIN = """
 train_dataloader = dict(batch_size={batch})
 train_cfg = dict(max_epochs={epochs}, val_interval=100)
 default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=1, max_keep_ckpts=2))
-optim_wrapper = dict(optimizer=dict(_delete_=True, type='SGD', lr=0.1, momentum=0.9))
+optim_wrapper = dict(
+    optimizer=dict(_delete_=True, type='SGD', lr=0.1, momentum=0.9),
+    clip_grad=dict(max_norm=0.1),  # Below the norms here: they are all clipped.
+)
 param_scheduler = []
 model = dict(
     backbone=dict(init_cfg=dict(type='Pretrained', checkpoint={base!r})),
