@@ -164,6 +164,12 @@ def provide(backbone: nn.Module, told: Identity) -> None:
     state = backbone._protune
     if backbone.protune_fingerprint() == told.fingerprint:
         return
+    if any(parameter.is_meta for parameter in backbone.parameters()):
+        origin = {key: told.origin.get(key) for key in ('checkpoint', 'prefix')}
+        raise RuntimeError(
+            wrong_base(backbone, told) + f' FSDP has split its weights, so name the base in the '
+            f'config: backbone=dict(init_cfg=dict(type="Pretrained", **{origin}))'
+        )
     found, refused = candidates(backbone, told)
     # What a config loads first (`init_cfg`) may not be what the training began with (`load_from`).
     again = _explicit(backbone) is not None or _own_files.get()

@@ -42,8 +42,13 @@ def identities(model: nn.Module, teachers: bool = True) -> dict[str, Tensor]:
         told = Identity(
             backbone.protune_fingerprint(), state.origin or origin_of(backbone), state.placed
         )
-        found |= told.tensors(f'{name}.' if name else '')
+        found |= told.tensors(below(name))
     return found
+
+
+def below(name: str) -> str:
+    """What the keys of a module of this name begin with; of the model itself, nothing."""
+    return f'{name}.' if name else ''
 
 
 def tuned_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -94,7 +99,7 @@ class FillBaseHook(Hook):
         if runner._resume:
             check_trainable(model, checkpoint)
         for name, backbone in backbones(model).items():
-            prefix = f'{name}.' if name else ''
+            prefix = below(name)
             told = Identity.pop(dict(state), prefix)
             if told is None:
                 continue
@@ -241,7 +246,7 @@ def note_origin(model: nn.Module, checkpoint: dict, address: str) -> None:
     model = unwrapped(model)
     state = checkpoint.get('state_dict', checkpoint)
     for name, backbone in backbones(model).items():
-        prefix = f'{name}.' if name else ''
+        prefix = below(name)
         if f'{prefix}{KEY}.origin' in state:
             continue
         if any(prefix + key in state for key, _ in frozen_tensors(backbone)):

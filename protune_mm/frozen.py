@@ -406,15 +406,22 @@ def is_teacher(backbone: nn.Module) -> bool:
     return bool(tuned) and not any(parameter.requires_grad for parameter in tuned)
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module, twin: bool = True) -> nn.Module:
     """A model without what is around it for distribution or test-time augmentation.
 
-    Of a model that FSDP has split it is a twin without data, which has the names and shapes of the
-    whole weights.
+    Args:
+        model: wrapped or not.
+        twin: of a model that FSDP has split, return its twin without data, which has the names and
+            shapes of the whole weights, and not the model that runs. Default True.
     """
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = model.__dict__.get('protune_twin') or model.module
+        model = (twin and model.__dict__.get('protune_twin')) or model.module
     return model
+
+
+def whole_name(name: str) -> str:
+    """A dotted name as it is in the model before FSDP has wrapped it."""
+    return '.'.join(part for part in name.split('.') if part not in ('', '_fsdp_wrapped_module'))
 
 
 def backbones(model: nn.Module) -> dict[str, nn.Module]:

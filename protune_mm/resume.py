@@ -12,6 +12,7 @@ import random
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,8 @@ class ExactResumeHook(Hook):
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+AGAIN = 5.0
+"""Seconds within which a signal is the same one: a cluster's, say, and torchrun's after it."""
 
 
 def unsignalled(dataloader: Any) -> Any:
@@ -226,13 +229,15 @@ class PreemptionHook(Hook):
 
     The exit status is 128 + the signal's number, as of a process that died of it, by which Slurm
     and ``tools/slurm_train.sh`` know that the job was preempted. All processes of a distributed
-    training stop after the same step.
+    training stop after the same step. A second signal, some seconds later, ends the
+    process at once.
     """
 
     priority = 'LOWEST'
 
     def __init__(self) -> None:
         self._signal = 0
+        self._since = 0.0
         self._before: dict = {}
         self._group: Any = None
 
@@ -257,7 +262,12 @@ class PreemptionHook(Hook):
         self._before = {}
 
     def _note(self, number: int, frame: object) -> None:
-        self._signal = number
+        if not self._signal:
+            self._signal, self._since = number, time.monotonic()
+        elif time.monotonic() - self._since > AGAIN:
+            # It does not come to the end of its step.
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def after_train_iter(self, runner: Runner, *args: object, **kwargs: object) -> None:
         """Save and exit if a signal came, once no gradients are being accumulated."""

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import fcntl
 import functools
+import hashlib
 import os
 import socket
 from collections.abc import Iterator
@@ -14,7 +15,12 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.dist import is_distributed, is_main_process
+from mmengine.dist import (
+    all_gather_object,
+    broadcast_object_list,
+    is_distributed,
+    is_main_process,
+)
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.model import MMDistributedDataParallel, is_model_wrapper
 from mmengine.optim import OptimWrapper
@@ -73,16 +79,23 @@ class CarefulRunner:
         """Load or resume; ``resume`` without a file finds the newest checkpoint that is whole.
 
         mmengine takes what the file ``last_checkpoint`` names, which a crash may have left behind
-        empty, or of a checkpoint that was being written.
+        empty, or of a checkpoint that was being written. Without any, ``first_load_from`` of the
+        config is where the training starts.
+
+        Raises:
+            RuntimeError: the processes of the training do not read the same file.
         """
         if self._resume and self._load_from is None and not self._has_loaded:
-            self._load_from = last_good_checkpoint(self.work_dir)
+            self._load_from = same_for_all(
+                last_good_checkpoint(self.work_dir) if is_main_process() else None
+            )
             if self._load_from is None:
                 self.logger.info(f'no checkpoint in {self.work_dir}: starting anew')
                 # Not a resumed training: its hooks are not to wait for a checkpoint.
                 self._resume = False
-                return
-            self.logger.info(f'resuming from the latest checkpoint {self._load_from}')
+                self._load_from = self.cfg.get('first_load_from')
+            else:
+                self.logger.info(f'resuming from the latest checkpoint {self._load_from}')
         super().load_or_resume()
 
     def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
@@ -189,25 +202,41 @@ class ProTuneRunner(CarefulRunner, Runner):
             hooks += [FrozenGuardHook, FillBaseHook, TunedCheckpointHook]
         return hooks
 
-    def build_train_loop(self, loop: Any) -> Any:
-        """Build the loop; a signal does not end the workers of its dataloader."""
-        if not isinstance(loop, dict) or not isinstance(self._train_dataloader, dict):
-            return super().build_train_loop(loop)
-        described = self._train_dataloader
-        several = bool(self._randomness_cfg.get('diff_rank_seed', False))
-        built = self.build_dataloader(described, seed=self.seed, diff_rank_seed=several)
-        self._train_dataloader = unsignalled(built)
-        try:
-            return super().build_train_loop(loop)
-        finally:
-            # The rule that scales learning rates reads its batch size.
-            self._train_dataloader = described
+    @staticmethod
+    def build_dataloader(*args: Any, **kwargs: Any) -> Any:
+        """Build a dataloader whose workers a signal does not end."""
+        return unsignalled(Runner.build_dataloader(*args, **kwargs))
 
     def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> dict:
         """Load a checkpoint, and note that the base came from it if it did."""
         checkpoint = super().load_checkpoint(filename, *args, **kwargs)
         note_origin(self.model, checkpoint, filename)
         return checkpoint
+
+
+def same_for_all(path: str | None) -> str | None:
+    """The checkpoint that the first process has chosen, once all processes can read it.
+
+    Args:
+        path: of the first process; what others give is of no matter.
+
+    Raises:
+        RuntimeError: it is not the same file everywhere.
+    """
+    chosen = [path]
+    broadcast_object_list(chosen)
+    path = chosen[0]
+    if path is None or '://' in path:
+        return path
+    seen = hashlib.blake2b(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else None
+    all_seen = all_gather_object(seen)
+    others = [rank for rank, digest in enumerate(all_seen) if digest != all_seen[0]]
+    if others:
+        raise RuntimeError(
+            f'{path} cannot be resumed: processes {others} find no such file there, or another '
+            'one; give all nodes the same --work-dir'
+        )
+    return path
 
 
 @contextlib.contextmanager

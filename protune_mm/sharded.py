@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from functools import partial
@@ -24,7 +25,11 @@ from mmengine.optim import BaseOptimWrapper
 from mmengine.registry import MODEL_WRAPPERS
 from mmengine.runner import FlexibleRunner, Runner
 from torch import nn
-from torch.distributed.fsdp import FullOptimStateDictConfig, FullStateDictConfig
+from torch.distributed.fsdp import (
+    FullOptimStateDictConfig,
+    FullStateDictConfig,
+    ShardingStrategy,
+)
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP  # noqa: N817
 
 from .checkpoints import FillBaseHook, TunedCheckpointHook, note_origin
@@ -38,18 +43,16 @@ from .frozen import (
     frozen_tensors,
     prompts,
     unwrapped,
+    whole_name,
 )
 from .hooks import FiniteLossHook
 from .identity import KEY, fingerprint, identifying
 from .optim import wrap_constructor
 from .registry import HOOKS, RUNNERS, STRATEGIES
 from .report import parameter_line
-from .resume import ExactResumeHook, PreemptionHook
+from .resume import ExactResumeHook, PreemptionHook, unsignalled
 from .runner import CarefulRunner
 from .show import TuningReportHook
-
-WRAPPED = '_fsdp_wrapped_module'
-"""What FSDP puts into names."""
 
 
 @STRATEGIES.register_module()
@@ -67,12 +70,16 @@ class ProTuneFSDPStrategy(FSDPStrategy):
         **kwargs: as for FSDPStrategy; ``state_dict_cfg`` is ``'full'``.
 
     Raises:
-        ValueError: another ``state_dict_cfg``.
+        ValueError: another ``state_dict_cfg``, or ``activation_checkpointing``.
     """
 
     def __init__(
         self, *, min_size: int = 100_000, model_wrapper: dict | None = None, **kwargs: Any
     ) -> None:
+        if kwargs.get('activation_checkpointing') is not None:
+            raise ValueError(
+                'activation_checkpointing: use with_cp=True of the backbone, which knows of prompts'
+            )
         if kwargs.setdefault('state_dict_cfg', 'full') != 'full':
             raise ValueError(
                 f"state_dict_cfg='{kwargs['state_dict_cfg']}': a checkpoint without frozen weights "
@@ -195,14 +202,33 @@ class ProTuneFSDPStrategy(FSDPStrategy):
     def load_model_state_dict(
         self, state_dict: dict, *, strict: bool = False, revise_keys: Any = ()
     ) -> None:
-        """Load what a checkpoint holds; the hooks have checked that it fits."""
-        state = {
-            key: value
-            for key, value in state_dict.items()
-            if f'.{KEY}.' not in f'.{key}' and not value.is_meta
-        }
+        """Load what a checkpoint holds, and log what does not fit, as mmengine does.
+
+        Raises:
+            RuntimeError: with ``strict``, something does not fit.
+        """
+        for pattern, replacement in revise_keys:
+            state_dict = {re.sub(pattern, replacement, k): v for k, v in state_dict.items()}
+        mine = unwrapped(self.model).state_dict()
+        state, wrong = {}, []
+        for key, value in state_dict.items():
+            if f'.{KEY}.' in f'.{key}':
+                continue
+            if key not in mine:
+                wrong.append(f'unexpected key: {key}')
+            elif value.shape != mine[key].shape:
+                shapes = f'{tuple(value.shape)}, here {tuple(mine[key].shape)}'
+                wrong.append(f'size mismatch for {key}: {shapes}')
+            elif not value.is_meta:  # A hook has filled in what stays as it is.
+                state[key] = value
+        wrong += [f'missing key: {key}' for key in mine if key not in state_dict]
+        if wrong:
+            told = 'The model and the checkpoint do not match exactly\n' + '\n'.join(wrong)
+            if strict:
+                raise RuntimeError(told)
+            self.logger.warning(told)
         with _state_dict_warnings():
-            self.model.load_state_dict(state, strict=strict)
+            self.model.load_state_dict(state, strict=False)
 
 
 def _clip_grad_norm(
@@ -212,11 +238,6 @@ def _clip_grad_norm(
 
 
 STATE = ('state', 'param_groups')
-
-
-def whole_name(name: str) -> str:
-    """A dotted name as it is in the model before FSDP has wrapped it."""
-    return '.'.join(part for part in name.split('.') if part != WRAPPED)
 
 
 @contextlib.contextmanager
@@ -303,7 +324,9 @@ def fingerprints(model: nn.Module) -> dict[str, str]:
     Whole weights are gathered on the CPU of the first process, which tells the others.
     """
     found: dict[str, str] = {}
-    offload = torch.cuda.is_available()
+    # PyTorch moves only what is split, and only to where it is not.
+    split = model.sharding_strategy is not ShardingStrategy.NO_SHARD
+    offload = torch.cuda.is_available() and split
     with FSDP.summon_full_params(model, writeback=False, rank0_only=True, offload_to_cpu=offload):
         for name, backbone in backbones(model).items() if is_main_process() else ():
             tensors = identifying(backbone, frozen_tensors(backbone))
@@ -331,7 +354,9 @@ class ProTuneFlexibleRunner(CarefulRunner, FlexibleRunner):
             cfg: a config, left unchanged.
 
         Raises:
-            ValueError: it is not Pro-tuned, is not started by a launcher, or has an EMA hook.
+            ValueError: it is not Pro-tuned, is not started by a launcher, or asks for what FSDP
+                cannot do here: an EMA hook, ``activation_checkpointing``, a policy that trains
+                single parameters.
         """
         cfg = resolve(copy.deepcopy(cfg))
         if not is_protuned(cfg):
@@ -346,10 +371,38 @@ class ProTuneFlexibleRunner(CarefulRunner, FlexibleRunner):
             )
         if any('EMAHook' in str(hook.get('type')) for hook in cfg.get('custom_hooks') or []):
             raise ValueError('an EMAHook cannot average weights that FSDP has split: take it out')
+        if cfg.get('activation_checkpointing') is not None:
+            raise ValueError(
+                'activation_checkpointing: use with_cp=True of the backbone, which knows of prompts'
+            )
         for _, backbone in config_backbones(cfg):
+            if backbone.get('policy') in ('bias', 'norm'):
+                raise ValueError(
+                    f"policy='{backbone['policy']}' trains single parameters of frozen layers, "
+                    'which FSDP would split together: train it without FSDP'
+                )
             backbone['lean'] = False
         cfg.setdefault('strategy', dict(type='protune_mm.ProTuneFSDPStrategy'))
         return super().from_cfg(cfg)
+
+    @staticmethod
+    def build_dataloader(*args: Any, **kwargs: Any) -> Any:
+        """Build a dataloader whose workers a signal does not end."""
+        return unsignalled(FlexibleRunner.build_dataloader(*args, **kwargs))
+
+    def save_checkpoint(self, *args: Any, meta: dict | None = None, **kwargs: Any) -> None:
+        """Save a checkpoint; its epoch and step are those that the caller names.
+
+        FlexibleRunner names its own, which are one too far after a validation.
+        """
+        self._place = {key: meta[key] for key in ('epoch', 'iter') if key in (meta or {})}
+        super().save_checkpoint(*args, meta=meta, **kwargs)
+
+    def call_hook(self, fn_name: str, **kwargs: Any) -> None:
+        """Call all hooks."""
+        if fn_name == 'before_save_checkpoint':
+            kwargs['checkpoint']['meta'].update(self._place)
+        super().call_hook(fn_name, **kwargs)
 
     def own_hooks(self) -> list[type[Hook]]:
         """Hooks of ours; the guard of whole weights is replaced by that of split ones."""

@@ -16,7 +16,7 @@ from mmengine.visualization import Visualizer
 from torch import Tensor, nn
 
 from .features import Beside
-from .frozen import backbones, is_teacher, prompts, unwrapped
+from .frozen import backbones, prompts, unwrapped, whole_name
 from .registry import HOOKS
 from .report import frozen_share, parameter_counts
 
@@ -67,9 +67,11 @@ class PromptVisualizationHook(Hook):
     the work folder and wherever else it writes (TensorBoard, say): the image as the backbone
     receives it, and over it, for each prompt, how much it changes each place. Red is where it
     changes most. The title names the block and tells, in percent, the norm of what the prompt adds
-    over the norm of what it is added to, over all places and channels.
+    over the norm of what it is added to, over all places and channels; of a prompt beside a layer,
+    over that of what it reads.
 
-    Prompts that see no places, as LoRA beside a linear layer, are left out.
+    Prompts that see no places, as LoRA beside a linear layer, and those beside layers with a stride
+    are left out.
 
     Args:
         images: how many. Default 4.
@@ -108,27 +110,29 @@ class PromptVisualizationHook(Hook):
     def before_val_iter(self, runner: Runner, *args: object, **kwargs: object) -> None:
         """Listen to the backbone and its prompts while there are images left."""
         if self._left > 0:
-            self._listen(unwrapped(runner.model))
+            self._listen(unwrapped(runner.model, twin=False))
 
     def after_val_iter(self, runner: Runner, *args: object, **kwargs: object) -> None:
         """Draw what was heard."""
         if self._handles:
-            self._draw(runner)
+            self._draw(runner, 'prompts')
 
     before_test_iter = before_val_iter
-    after_test_iter = after_val_iter
+
+    def after_test_iter(self, runner: Runner, *args: object, **kwargs: object) -> None:
+        """Draw what was heard."""
+        if self._handles:
+            self._draw(runner, 'prompts_test')
 
     def _listen(self, model: nn.Module) -> None:
         self._seen, self._input = {}, None
         for prefix, backbone in backbones(model).items():
-            if is_teacher(backbone) or self._handles:
-                continue
             self._handles.append(backbone.register_forward_pre_hook(self._note_input))
             for name, prompt in prompts(backbone).items():
                 block = name.removesuffix('.prompt')
                 site = backbone.get_submodule(block)._protune_site
                 alone = site.series and not isinstance(site.layout, Beside)
-                name = f'{prefix}.{block}'.removeprefix('backbone.').lstrip('.')
+                name = whole_name(f'{prefix}.{block}').removeprefix('backbone.')
                 note = partial(self._note, name, alone)
                 self._handles.append(prompt.register_forward_hook(note))
 
@@ -146,7 +150,7 @@ class PromptVisualizationHook(Hook):
         added = out - given if alone and out.shape == given.shape else out
         self._seen[name] = (added.detach().float().norm(dim=1), given.detach().float().norm(dim=1))
 
-    def _draw(self, runner: Runner) -> None:
+    def _draw(self, runner: Runner, title: str) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -157,8 +161,9 @@ class PromptVisualizationHook(Hook):
                     'nothing is drawn'
                 )
                 self._told = True
+            self._left = 0
             return
-        pictures = _pictures(self._input, unwrapped(runner.model))
+        pictures = _pictures(self._input, unwrapped(runner.model, twin=False))
         for i, picture in enumerate(pictures[: self._left]):
             number = self.images - self._left + i
             sheet = self._sheet(
@@ -167,7 +172,7 @@ class PromptVisualizationHook(Hook):
             # A test before any training builds no loop.
             trained = not isinstance(runner._train_loop, dict) and runner._train_loop is not None
             step = runner.iter if trained else 0
-            runner.visualizer.add_image(f'prompts_{number}', sheet, step)
+            runner.visualizer.add_image(f'{title}_{number}', sheet, step)
         self._left -= min(self._left, len(pictures))
         self._seen, self._input = {}, None
 
@@ -196,9 +201,11 @@ class PromptVisualizationHook(Hook):
 def _pictures(inputs: Tensor, model: nn.Module) -> Sequence[np.ndarray]:
     """The images of a batch as the backbone receives them, (H, W, 3) RGB of 0 to 255."""
     images = inputs[:, :3].float()
+    if images.shape[1] != 3:
+        images = images[:, :1].expand(-1, 3, -1, -1)
     preprocessor = getattr(model, 'data_preprocessor', None)
     mean, std = (getattr(preprocessor, key, None) for key in ('mean', 'std'))
-    if isinstance(mean, Tensor) and isinstance(std, Tensor):
+    if isinstance(mean, Tensor) and isinstance(std, Tensor) and len(mean) in (1, 3):
         images = images * std.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1)
     # The three libraries each have a name of their own for the same switch.
     names = ('to_rgb', '_channel_conversion', 'channel_conversion')

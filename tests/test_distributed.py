@@ -87,6 +87,7 @@ pipeline = [
     dict(type='RandomFlip', prob=0.5), dict(type='PackInputs'),
 ]
 train_dataloader = dict(dataset=dict(pipeline=pipeline))
+randomness = dict(seed=1, diff_rank_seed=True)
 """
 
 
@@ -100,8 +101,23 @@ def test_stopped_and_resumed_is_as_never_stopped(distributed, tmp_path):
     shutil.copy(whole / 'epoch_1.pth', parts)
     random = torch.load(whole / 'epoch_1.pth', weights_only=True)['protune_mm']['random']
     assert len(random) == 2
+    assert not torch.equal(random[0]['torch'], random[1]['torch'])
     finish(dist('dist_train', config, 2, '--work-dir', parts, *PLAIN, '--resume'))
     assert_same(weights(parts), weights(whole), rtol=0, atol=0)
+
+
+def test_processes_that_read_different_folders_do_not_resume(distributed, two, tmp_path):
+    """Else some would go on from the checkpoint, and others start anew."""
+    works = [tmp_path / 'a', tmp_path / 'b']
+    works[0].mkdir()
+    shutil.copy(two / 'epoch_1.pth', works[0])
+    programs = [
+        dist('dist_train', distributed(1), 1, '--work-dir', works[rank], *PLAIN, '--resume',
+             NNODES='2', NODE_RANK=str(rank), PORT='29533')
+        for rank in (0, 1)
+    ]  # fmt: skip
+    text = finish(*programs, status=1)
+    assert 'cannot be resumed: processes [1] find no such file there' in text
 
 
 @pytest.fixture

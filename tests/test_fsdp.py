@@ -11,9 +11,9 @@ import torch
 from mmengine.registry import MODELS
 
 import protune_mm
-from protune_mm.frozen import backbones, frozen_keys, prompts
+from protune_mm.frozen import backbones, frozen_keys, prompts, whole_name
 from protune_mm.registry import RUNNERS
-from protune_mm.sharded import ProTuneFSDPStrategy, frozen_units, twin_of, whole_name
+from protune_mm.sharded import ProTuneFSDPStrategy, frozen_units, twin_of
 from tests.conftest import run_tool
 from tests.processes import PLAIN, assert_same, dist, finish, weights
 
@@ -81,6 +81,41 @@ def test_a_signal_stops_and_saves(config, tmp_path):
     assert meta['epoch'] == meta['iter'] // 3
 
 
+def test_the_best_checkpoint_and_pictures(config, tmp_path):
+    """A second save of an epoch is of the same epoch; prompts are drawn."""
+    child = config.with_name('best.py')
+    child.write_text(
+        f"_base_ = ['{config.name}']\n"
+        'train_cfg = dict(max_epochs=1, val_interval=1)\n'
+        "default_hooks = dict(checkpoint=dict(save_best='accuracy/top1'))\n"
+        "custom_hooks = [dict(type='protune_mm.PromptVisualizationHook', images=1)]\n"
+    )
+    text = finish(dist('dist_train', child, 2, '--work-dir', tmp_path, *PLAIN))
+    meta = torch.load(tmp_path / 'epoch_1.pth', weights_only=True)['meta']
+    assert (meta['epoch'], meta['iter']) == (1, 3)
+    assert list(tmp_path.glob('best_*.pth'))
+    assert len(list(tmp_path.glob('*/vis_data/vis_image/prompts_0*.png'))) == 1
+    assert 'nothing is drawn' not in text
+
+
+def test_another_number_of_classes_is_a_start(two, config, tmp_path):
+    """What does not fit is logged and left out, as mmengine does."""
+    start = torch.load(two / 'epoch_2.pth', weights_only=True)
+    state = {f'module.{k}': v for k, v in start['state_dict'].items()}
+    state['module.head.fc.weight'] = torch.zeros(7, 512)
+    torch.save(dict(start, state_dict=state), tmp_path / 'start.pth')
+    more = ['--cfg-options', f'load_from={tmp_path / "start.pth"}', 'optim_wrapper.optimizer.lr=0']
+    work = tmp_path / 'work'
+    text = finish(
+        dist('dist_train', config, 2, '--work-dir', work, *PLAIN, *more, 'train_cfg.max_epochs=1')
+    )
+    assert 'size mismatch for head.fc.weight: (7, 512), here (2, 512)' in text
+    found, expected = weights(work), dict(weights(two))
+    found.pop('head.fc.weight')
+    expected.pop('head.fc.weight')
+    assert_same(found, expected, rtol=0, atol=0)
+
+
 def test_weights_of_another_training_are_a_start(two, config, tmp_path):
     start = f'load_from={two / "epoch_2.pth"}'
     more = ['--cfg-options', start, 'optim_wrapper.optimizer.lr=0', 'train_cfg.max_epochs=1']
@@ -144,6 +179,12 @@ def test_bad_configs():
     with pytest.raises(ValueError, match=r'start it with tools/dist_train\.sh'):
         RUNNERS.build(cfg)
     cfg.launcher = 'pytorch'
+    cfg.model.backbone.policy = 'bias'
+    with pytest.raises(ValueError, match="policy='bias' trains single parameters"):
+        RUNNERS.build(cfg)
+    cfg.activation_checkpointing = ['backbone']
+    with pytest.raises(ValueError, match='use with_cp=True'):
+        RUNNERS.build(cfg)
     cfg.custom_hooks = [dict(type='EMAHook')]
     with pytest.raises(ValueError, match='an EMAHook cannot average'):
         RUNNERS.build(cfg)

@@ -19,7 +19,7 @@ from mmengine.utils import ManagerMixin
 import protune_mm
 from protune_mm import cli
 from protune_mm.frozen import frozen_keys, frozen_tensors
-from protune_mm.resume import SIGNALS
+from protune_mm.resume import SIGNALS, PreemptionHook
 from tests.conftest import CLS
 
 RANDOM = [
@@ -315,6 +315,35 @@ def test_an_error_gives_the_signals_back(pictures, base, tmp_path):
     with pytest.raises(ZeroDivisionError):
         train(config(pictures, base, tmp_path, EPOCHS), Fail())
     assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_validation_workers_go_on_too(pictures, base, tmp_path):
+    """Persistent ones are there while the training goes on."""
+    cfg = config(pictures, base, tmp_path, EPOCHS, workers=1)
+    cfg.val_dataloader.update(num_workers=1, persistent_workers=True)
+
+    class Signal(StopHook):
+        def after_train_iter(self, runner, *args, **kwargs):
+            if runner.iter + 1 == self.after:
+                group = [os.getpid(), *(c.pid for c in multiprocessing.active_children())]
+                assert len(group) == 3
+                subprocess.run(['kill', *map(str, group)], check=True)
+
+    assert train(cfg, Signal(4)) == 143
+    assert newest(tmp_path)['meta']['iter'] == 5
+
+
+def test_a_second_signal_ends_the_process(monkeypatch):
+    """A cluster and torchrun send the first one twice."""
+    hook, killed = PreemptionHook(), []
+    monkeypatch.setattr(signal, 'signal', lambda number, handler: killed.append(handler))
+    monkeypatch.setattr(os, 'kill', lambda pid, number: killed.append(number))
+    hook._note(signal.SIGTERM, None)
+    hook._note(signal.SIGTERM, None)
+    assert killed == []
+    hook._since -= 6
+    hook._note(signal.SIGTERM, None)
+    assert killed == [signal.SIG_DFL, signal.SIGTERM]
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(pictures, base, tmp_path, monkeypatch):

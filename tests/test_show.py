@@ -208,6 +208,12 @@ def test_the_picture_is_the_image(to_rgb):
     assert np.array_equal(picture, bgr.flip(0).permute(1, 2, 0).numpy())
 
 
+def test_a_gray_image_is_drawn():
+    (picture,) = _pictures(torch.full((1, 1, 4, 5), 7.0), torch.nn.Module())
+    assert picture.shape == (4, 5, 3)
+    assert (picture == 7).all()
+
+
 @pytest.mark.parametrize('option', ['images', 'interval', 'size'])
 def test_bad_options(option):
     with pytest.raises(ValueError, match=f'{option}=0 must be 1 or more'):

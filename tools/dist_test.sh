@@ -1,15 +1,9 @@
 #!/usr/bin/env bash
 # Test on several GPUs: tools/dist_test.sh CONFIG CHECKPOINT GPUS [arguments of test.py]
+# Several nodes as for dist_train.sh.
 set -euo pipefail
 if [ $# -lt 3 ]; then
   echo "usage: $0 CONFIG CHECKPOINT GPUS [arguments of test.py]" >&2
   exit 2
 fi
-config=$1
-checkpoint=$2
-gpus=$3
-exec python -m torch.distributed.run \
-  --nnodes="${NNODES:-1}" --node_rank="${NODE_RANK:-0}" \
-  --master_addr="${MASTER_ADDR:-127.0.0.1}" --master_port="${PORT:-29500}" \
-  --nproc_per_node="$gpus" \
-  "$(dirname "$0")/test.py" "$config" "$checkpoint" --launcher pytorch "${@:4}"
+exec bash "$(dirname "$0")/dist.sh" test.py "$3" "$1" "$2" "${@:4}"

@@ -223,8 +223,10 @@ def wait(program: subprocess.Popen, patience: float = PATIENCE) -> int:
 
 def kill_group(program: subprocess.Popen) -> None:
     """kill -9 a program and all that it started."""
-    with suppress(ProcessLookupError):
-        os.killpg(program.pid, signal.SIGKILL)
+    # torchrun gives each rank a group of its own.
+    for pid in (program.pid, *descendants(program.pid)):
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, signal.SIGKILL)
     program.wait()
 
 

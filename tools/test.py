@@ -28,6 +28,9 @@ def main() -> None:
         cli.draw_predictions(cfg, args)
     if args.tta:
         tta.use_tta(cfg)
+    if str(cfg.get('runner_type')).endswith('ProTuneFlexibleRunner'):
+        # FSDP is for training; its checkpoints are like all others.
+        cfg.runner_type = 'protune_mm.ProTuneRunner'
     runner = cli.build_runner(cfg)
     if args.out and not args.out.endswith('.json'):
         runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))

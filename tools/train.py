@@ -7,7 +7,6 @@ python tools/train.py mmdet::retinanet/retinanet_r50_fpn_1x_coco.py --protune
 import argparse
 
 from protune_mm import cli
-from protune_mm.files import last_good_checkpoint
 
 
 def main() -> None:
@@ -32,13 +31,10 @@ def main() -> None:
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
     if args.resume:
-        auto = args.resume == 'auto'
-        found = last_good_checkpoint(cfg.work_dir) if auto else args.resume
-        if found is None:
-            # A job that is put back into a queue has --resume from its first start on.
-            print(f'no checkpoint in {cfg.work_dir}: starting anew')
-        else:
-            cfg.resume, cfg.load_from = True, found
+        cfg.resume = True
+        # A job that is put back into a queue has --resume from its first start on.
+        cfg.first_load_from = cfg.get('load_from') if args.resume == 'auto' else None
+        cfg.load_from = None if args.resume == 'auto' else args.resume
     if args.auto_scale_lr:
         if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
             parser.error(f'--auto-scale-lr: {args.config} has no auto_scale_lr.base_batch_size')
