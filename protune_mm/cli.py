@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import traceback
@@ -139,6 +140,7 @@ def build_runner(cfg: Config) -> Runner:
 def _leave_group() -> None:
     """Take leave of the other processes: the threads of a group abort one that just exits."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()
         torch.distributed.destroy_process_group()
 
 
@@ -147,17 +149,20 @@ def run(main: Callable[[], None]) -> None:
 
     Errors inside training that are not our own checks keep their traceback.
     """
+    stopped = None
     try:
         main()
-        _leave_group()
-    except SystemExit:  # A training that a signal has stopped.
-        _leave_group()
-        raise
+    except SystemExit as end:  # A training that a signal has stopped, say.
+        stopped = end.code
     except Exception as error:
         if os.environ.get(DEBUG) == '1' or not _is_bad_input(error):
             raise
         print(f'error: {error}', file=sys.stderr)
         sys.exit(2)
+    # Only now is nothing left of `main`, whose model holds on to the group.
+    _leave_group()
+    if stopped is not None:
+        sys.exit(stopped)
 
 
 def _is_bad_input(error: Exception) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from protune_mm import runner
 from tests.conftest import ROOT, run_tool
 from tests.processes import PLAIN, assert_same, dist, finish, weights
 from tests.small_runs import SHAPES, data
@@ -106,8 +107,8 @@ def test_stopped_and_resumed_is_as_never_stopped(distributed, tmp_path):
     assert_same(weights(parts), weights(whole), rtol=0, atol=0)
 
 
-def test_processes_that_read_different_folders_do_not_resume(distributed, two, tmp_path):
-    """Else some would go on from the checkpoint, and others start anew."""
+def test_all_resume_what_the_first_has_chosen(distributed, two, tmp_path):
+    """Nodes with work folders of their own: some would go on, and others start anew."""
     works = [tmp_path / 'a', tmp_path / 'b']
     works[0].mkdir()
     shutil.copy(two / 'epoch_1.pth', works[0])
@@ -116,8 +117,18 @@ def test_processes_that_read_different_folders_do_not_resume(distributed, two, t
              NNODES='2', NODE_RANK=str(rank), PORT='29533')
         for rank in (0, 1)
     ]  # fmt: skip
-    text = finish(*programs, status=1)
-    assert 'cannot be resumed: processes [1] find no such file there' in text
+    finish(*programs)
+    assert_same(weights(works[0]), weights(two), rtol=0, atol=0)
+
+
+def test_a_checkpoint_that_some_cannot_read_is_an_error(tmp_path, monkeypatch):
+    path = tmp_path / 'epoch_1.pth'
+    path.write_bytes(b'weights')
+    assert runner.same_for_all(str(path)) == str(path)
+    assert runner.same_for_all(None) is None
+    monkeypatch.setattr(runner, 'all_gather_object', lambda seen: [seen, None, 'other'])
+    with pytest.raises(RuntimeError, match=r'processes \[1, 2\] find no such file there'):
+        runner.same_for_all(str(path))
 
 
 @pytest.fixture
