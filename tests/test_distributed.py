@@ -5,14 +5,13 @@ import os
 import shutil
 import signal
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
 from protune_mm import runner
 from tests.conftest import ROOT, run_tool
-from tests.processes import PLAIN, assert_same, dist, finish, weights
+from tests.processes import PLAIN, assert_same, children, dist, finish, weights
 from tests.small_runs import SHAPES, data
 
 
@@ -67,10 +66,10 @@ def test_a_signal_stops_all_after_the_same_step(distributed, tmp_path, whom, num
     while not list(tmp_path.glob('epoch_*.pth')) and program.poll() is None:
         assert time.monotonic() < end
         time.sleep(0.05)
-    children = Path(f'/proc/{program.pid}/task/{program.pid}/children').read_text().split()
-    assert len(children) == 2
-    os.kill(program.pid if whom == 'torchrun' else int(children[1]), number)
-    text = program.communicate(timeout=200)[0]
+    ranks = children(program.pid)
+    assert len(ranks) == 2
+    os.kill(program.pid if whom == 'torchrun' else ranks[1], number)
+    text = finish(program, status=None)
     assert program.returncode != 0, text[-4000:]
     (saved,) = tmp_path.glob('preempted_*.pth')
     step = torch.load(saved, weights_only=True)['meta']['iter']

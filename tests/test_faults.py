@@ -26,7 +26,8 @@ def test_a_case_that_ends_badly_is_told(monkeypatch, tmp_path, capsys):
     import faults
 
     def wrong(bench, count):
-        return faults.clear_error(0, 'all is well')
+        (tmp_path / 'output').write_text('all is well')
+        return faults.clear_error(0, tmp_path)
 
     bench = SimpleNamespace(of_case=lambda name: bench)
     monkeypatch.setattr(faults, 'Bench', lambda *args, **kwargs: bench)

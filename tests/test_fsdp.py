@@ -74,7 +74,7 @@ def test_a_signal_stops_and_saves(config, tmp_path):
         assert time.monotonic() < end
         time.sleep(0.05)
     os.kill(program.pid, signal.SIGTERM)
-    text = program.communicate(timeout=200)[0]
+    text = finish(program, status=None)
     (saved,) = tmp_path.glob('preempted_*.pth')
     meta = torch.load(saved, weights_only=True)['meta']
     assert f'stopped after step {meta["iter"]};' in text

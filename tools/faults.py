@@ -137,13 +137,13 @@ class Bench:
         if wait(ended, PATIENCE + (2 * self.epochs if self.long in options else 0)) != 0:
             raise CaseError(f'a training failed: {last_line(work)}')
 
-    def test(self, checkpoint: Path, *options: str) -> tuple[int, str]:
-        """Exit status of ``tools/test.py`` and the last line of its errors."""
+    def test(self, checkpoint: Path, *options: str) -> tuple[int, Path]:
+        """Exit status of ``tools/test.py``, and the folder of its output."""
         work = self.folder()
         command = [sys.executable, '-W', 'ignore', str(TOOLS / 'test.py'), str(self.config)]
         command += [str(checkpoint), '--work-dir', str(work)]
         command += ['--cfg-options', *options] if options else []
-        return wait(begin(command, work)), last_line(work)
+        return wait(begin(command, work)), work
 
     def model(self, work: Path) -> tuple[dict, Tensor]:
         """Tuned weights in the last checkpoint, and what the model that loads it returns."""
@@ -284,17 +284,25 @@ def running(bench: Bench, work: Path, *options: str, resume: bool = False) -> It
         kill_group(program)
 
 
-def clear_error(status: int, line: str, *parts: str) -> str:
+def clear_error(status: int, work: Path, *parts: str) -> str:
     """Say that a program ended with one clear error.
 
+    Args:
+        status: its exit status.
+        work: the folder of its output.
+        *parts: what the last line of it must name.
+
     Raises:
-        CaseError: it did not, or its last line lacks one of the parts.
+        CaseError: it did not; or the error is one of ours and comes with a traceback.
     """
+    line, text = last_line(work), (work / 'output').read_text(errors='replace')
     if status == 0:
         raise CaseError('the program ended as if all were well')
     for part in parts:
         if part not in line:
             raise CaseError(f"exit status {status}, but no '{part}' in: {line}")
+    if status == 2 and 'Traceback' in text:
+        raise CaseError(f'a traceback comes with: {line}')
     return f'exit status {status}: {line.removeprefix("error: ")[:110]}'
 
 
@@ -349,7 +357,7 @@ def disk_full(bench: Bench, _: int) -> str:
     with running(bench, work) as program:
         resource.prlimit(program.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
         status = wait(program)
-        told = clear_error(status, last_line(work), 'could not be written')
+        told = clear_error(status, work, 'could not be written')
     bench.train(work, resume=True)
     return f'{told}; then {bench.compare(work)}'
 
@@ -372,10 +380,10 @@ def damaged(how: str) -> Callable[[Bench, int], str]:
             path.write_bytes(b'This is no checkpoint.')
         else:
             torch.save(dict(state_dict=_Malicious()), path)
-        status, line = bench.test(path)
+        status, work = bench.test(path)
         if (bench.root / 'code_ran').exists():
             raise CaseError('code of the file ran')
-        return clear_error(status, line, str(path))
+        return clear_error(status, work, str(path))
 
     return case
 
@@ -394,13 +402,13 @@ def other(*parts: str, options: Callable[[Bench], list]) -> Callable[[Bench, int
 
 def wrong_base(bench: Bench, _: int) -> str:
     option = f'model.backbone.init_cfg.checkpoint={bench.other_base}'
-    status, line = bench.test(bench.good, option)
-    return clear_error(status, line, 'another base', str(bench.base), str(bench.other_base))
+    status, work = bench.test(bench.good, option)
+    return clear_error(status, work, 'another base', str(bench.base), str(bench.other_base))
 
 
 def missing_base(bench: Bench, _: int) -> str:
-    status, line = bench.test(bench.good, 'model.backbone.init_cfg=None')
-    return clear_error(status, line, str(bench.base), 'PROTUNE_BASE')
+    status, work = bench.test(bench.good, 'model.backbone.init_cfg=None')
+    return clear_error(status, work, str(bench.base), 'PROTUNE_BASE')
 
 
 def changed_set(bench: Bench, _: int) -> str:
@@ -408,7 +416,7 @@ def changed_set(bench: Bench, _: int) -> str:
     with running(bench, work):
         pass
     program = bench.start(work, 'model.neck.type=GeneralizedMeanPooling', resume=True)
-    return clear_error(wait(program), last_line(work), 'cannot be resumed', 'neck')
+    return clear_error(wait(program), work, 'cannot be resumed', 'neck')
 
 
 def dead_worker(bench: Bench, _: int) -> str:
@@ -417,7 +425,7 @@ def dead_worker(bench: Bench, _: int) -> str:
         until(lambda: descendants(program.pid) != [], program, 0.001)
         for child in descendants(program.pid):
             os.kill(child, signal.SIGKILL)
-        told = clear_error(wait(program), last_line(work), 'worker')
+        told = clear_error(wait(program), work, 'worker')
     bench.train(work, 'train_dataloader.num_workers=1', resume=True)
     whole = bench.folder()
     bench.train(whole, 'train_dataloader.num_workers=1')
@@ -430,7 +438,7 @@ def no_number(bench: Bench, _: int) -> str:
         pass
     before = bench.model(work)
     program = bench.start(work, HUGE_LOSS, resume=True)
-    told = clear_error(wait(program), last_line(work), 'diverged')
+    told = clear_error(wait(program), work, 'diverged')
     bench.compare(work, before)
     bench.train(work, resume=True)
     return f'{told}; then {bench.compare(work)}'
@@ -482,7 +490,7 @@ def two_trainings(bench: Bench, _: int) -> str:
     with running(bench, work, bench.long) as first:
         elsewhere = bench.folder()
         second = bench.start(work, output=elsewhere)
-        told = clear_error(wait(second), last_line(elsewhere), 'another training')
+        told = clear_error(wait(second), elsewhere, 'another training')
         wait(first)
     return f'{told}; the first: {bench.compare(work, bench.long_reference)}'
 
