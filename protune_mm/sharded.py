@@ -54,6 +54,10 @@ from .resume import ExactResumeHook, PreemptionHook, unsignalled
 from .runner import CarefulRunner
 from .show import TuningReportHook
 
+NO_CHECKPOINTING = (
+    'activation_checkpointing: use with_cp=True of the backbone, which knows of prompts'
+)
+
 
 @STRATEGIES.register_module()
 class ProTuneFSDPStrategy(FSDPStrategy):
@@ -77,9 +81,7 @@ class ProTuneFSDPStrategy(FSDPStrategy):
         self, *, min_size: int = 100_000, model_wrapper: dict | None = None, **kwargs: Any
     ) -> None:
         if kwargs.get('activation_checkpointing') is not None:
-            raise ValueError(
-                'activation_checkpointing: use with_cp=True of the backbone, which knows of prompts'
-            )
+            raise ValueError(NO_CHECKPOINTING)
         if kwargs.setdefault('state_dict_cfg', 'full') != 'full':
             raise ValueError(
                 f"state_dict_cfg='{kwargs['state_dict_cfg']}': a checkpoint without frozen weights "
@@ -292,13 +294,9 @@ def frozen_units(model: nn.Module, min_size: int) -> Iterator[nn.Module]:
                 continue
             for block in parent:
                 large = sum(p.numel() for p in block.parameters()) >= min_size
-                # Lists are no units: a loop over one would not run them.
-                callable_ = not isinstance(block, nn.ModuleList)
-                if (
-                    callable_
-                    and id(block) in frozen
-                    and (large or isinstance(block, PromptedBlock))
-                ):
+                unit = large or isinstance(block, PromptedBlock)
+                # A list is never run itself.
+                if unit and id(block) in frozen and not isinstance(block, nn.ModuleList):
                     yield block
 
 
@@ -372,9 +370,7 @@ class ProTuneFlexibleRunner(CarefulRunner, FlexibleRunner):
         if any('EMAHook' in str(hook.get('type')) for hook in cfg.get('custom_hooks') or []):
             raise ValueError('an EMAHook cannot average weights that FSDP has split: take it out')
         if cfg.get('activation_checkpointing') is not None:
-            raise ValueError(
-                'activation_checkpointing: use with_cp=True of the backbone, which knows of prompts'
-            )
+            raise ValueError(NO_CHECKPOINTING)
         for _, backbone in config_backbones(cfg):
             if backbone.get('policy') in ('bias', 'norm'):
                 raise ValueError(
