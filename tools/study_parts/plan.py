@@ -14,7 +14,7 @@ from pathlib import Path
 from mmengine.config import Config
 
 from protune_mm import load_config
-from protune_mm.inject import DEFAULT_PROMPT
+from protune_mm.prompt_config import DEFAULT_PROMPT
 from protune_mm.registry import PROMPTS
 
 METHODS: dict[str, dict] = {
