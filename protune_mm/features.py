@@ -236,6 +236,19 @@ class Beside:
         return out + self.layout.join(alone, prompt, given, args, kwargs)
 
 
+@dataclass(frozen=True)
+class Inside(Beside):
+    """Layer inside a block whose prompt reads what the layer returns.
+
+    Attributes:
+        layout: of the layer's output.
+    """
+
+    def join(self, site: Site, prompt: nn.Module, out: Tensor, args: tuple, kwargs: dict) -> Tensor:
+        """Return the layer's output with the prompt added."""
+        return self.layout.join(site, prompt, out, args, kwargs)
+
+
 class TellsGrid:
     """Mixin for a block that receives its grid: keeps it for the prompts inside the block."""
 

@@ -50,8 +50,11 @@ def protune(
     Args:
         module: a backbone that returns maps or tokens.
         stages: where prompts go. None: after every stage of the stage table. ``'blocks'``: after
-            every block. Else names of stages or of submodules, such as
-            ``['layer1', 'layer4']``; needed for a backbone the table does not know.
+            every block. ``'inside'``: inside every block, on what its hidden layer returns (the
+            expansion of an inverted residual, the first layer of a feed-forward network, else
+            the block's first layer), after its norm and before its nonlinearity. Else names of
+            stages or of submodules, such as ``['layer1', 'layer4']``; needed for a backbone the
+            table does not know.
         prompt: config of the prompt block, any part of
             ``dict(type='ProTuningBlock', ratio=8, last='residual', extra_tokens='map',
             features='prompted')``, or
@@ -168,15 +171,15 @@ RATIOS = (8, 12, 16, 24, 32, 48, 64)
 
 
 def _names_ratio(prompt: str | dict | None) -> bool:
-    """Whether the user chose how wide prompts are, by the ratio or by another prompt type."""
-    return isinstance(prompt, dict) and ('ratio' in prompt or 'type' in prompt)
+    """Whether the user chose how wide prompts are, or another prompt type."""
+    return isinstance(prompt, dict) and not prompt.keys().isdisjoint(('ratio', 'hidden', 'type'))
 
 
 def _build_prompts(
     module: nn.Module, sites: list[Site], options: Options, ratio_given: bool
 ) -> list[nn.Module]:
     """Prompts for all sites; narrower than the default ratio where they would be too large."""
-    if ratio_given or options.stages is not None:
+    if ratio_given or options.stages not in (None, 'inside'):
         return [_build_prompt(site, options.prompt) for site in sites]
     budget = SHARE * sum(p.numel() for p in module.parameters())
     for ratio in RATIOS:

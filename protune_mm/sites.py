@@ -25,6 +25,7 @@ from .features import (
     Unknown,
 )
 from .frozen import Options, PromptedBlock
+from .inside import inside_sites
 from .probe import PROBE_SIZE, probe_channels, probe_layers
 from .prompt_config import AFFINE, own_options, prompt_class, prompt_config
 from .prompts.scale_shift import ScaleShift
@@ -84,7 +85,7 @@ def choose_sites(module: nn.Module, options: Options) -> list[Site]:
     table = stage_table(module, named=isinstance(options.stages, list | tuple))
     if not table and not isinstance(options.stages, list | tuple):
         raise ValueError(f'{type(module).__name__} {_no_stages(module, family)}')
-    if table and options.stages in (None, 'blocks'):
+    if table and options.stages in (None, 'blocks', 'inside'):
         key, unread = family.unread(module)
         if unread:
             names = ', '.join(unread) if len(unread) < 5 else f'{unread[0]} to {unread[-1]}'
@@ -97,6 +98,8 @@ def choose_sites(module: nn.Module, options: Options) -> list[Site]:
     where = getattr(kind, 'where', 'stages')
     if where == 'layers':
         return _layer_sites(module, family, table, options)
+    if options.stages == 'inside':
+        return inside_sites(module, family, table, options)
     wanted = 'blocks' if where == 'blocks' and options.stages is None else options.stages
     chosen = _choose(module, table, wanted)
     last_block = table[-1].blocks[-1] if table else chosen[-1][1]
@@ -283,7 +286,8 @@ def _choose(
     if isinstance(stages, str) or not stages:
         raise ValueError(
             f'stages={stages!r} is unknown: use None for every stage, '
-            "'blocks' for every block, or a list of names such as ['layer1']"
+            "'blocks' for every block, 'inside' for inside every block, or a list of names such as "
+            "['layer1']"
         )
     by_name = {stage.name: stage.blocks[-1] for stage in table}
     modules = dict(module.named_modules())

@@ -31,7 +31,7 @@ def pictures(family, batch=2):
     return torch.randn(batch, *family.image, generator=torch.Generator().manual_seed(1))
 
 
-def pair(library, family, lean, dtype=torch.float32):
+def pair(library, family, lean, dtype=torch.float32, **more):
     """A frozen stock backbone and a Pro-tuned one with the same weights, none of them zero."""
     torch.manual_seed(0)
     stock = build_stock(library, family)
@@ -44,7 +44,7 @@ def pair(library, family, lean, dtype=torch.float32):
             tensor.uniform_(0.5, 1.5, generator=generator)
         elif tensor.abs().max() < 1e-3 or not torch.isfinite(tensor).all() or tensor.ndim > 1:
             tensor.normal_(0, tensor[0].numel() ** -0.5, generator=generator)
-    tuned = build_protuned(library, family, lean=lean)
+    tuned = build_protuned(library, family, lean=lean, **more)
     tuned.load_state_dict(stock.state_dict(), strict=family.name != 'SwinTransformerV2')
     stock.train(False)
     return stock.to(dtype), tuned.to(dtype).eval()

@@ -11,7 +11,7 @@ tasks = {
     'flowers5-more-validation': dict(
         _base_.tasks.flowers5,
         fractions=[0.257, 0.064],
-        lrs=[1e-3, 3e-3],
+        lrs=[3e-4, 1e-3, 3e-3],
         cfg_options={
             **_base_.flowers5.cfg_options,
             'train_dataloader.dataset.indices': [i for i in range(3457) if i % 10 > 2],
@@ -66,6 +66,17 @@ variants = {
     ),
     'blocks-hidden48-kernel3-fan-in-scale0.3': dict(
         stages='blocks', prompt=dict(hidden=48, kernel_size=3, init_mode='fan_in', scale=0.3)
+    ),
+    # Starts from the first batch, and places inside blocks: docs/study/findings.md.
+    'blocks-hidden48-principal': dict(
+        stages='blocks', prompt=dict(hidden=48, init_mode='principal', act_cfg=None)
+    ),
+    'inside-hidden10': dict(stages='inside', prompt=dict(hidden=10)),
+    'inside-hidden10-principal': dict(
+        stages='inside', prompt=dict(hidden=10, init_mode='principal', act_cfg=None)
+    ),
+    'inside-hidden10-principal-gelu': dict(
+        stages='inside', prompt=dict(hidden=10, init_mode='principal')
     ),
     'adapter-64': dict(prompt=dict(type='Adapter', hidden=64)),
 }

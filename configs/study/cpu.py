@@ -38,8 +38,18 @@ camvid = dict(
     backbone='MobileNetV2',
     metrics=['mIoU'],
     steps=250,
+    lrs=[1e-3, 3e-3, 1e-2],
     channels_last=True,
-    cfg_options={'train_dataloader.batch_size': 4},
+    cfg_options={
+        'model.data_preprocessor.size': (96, 128),
+        'train_dataloader.batch_size': 4,
+        'train_dataloader.dataset.pipeline.2.scale': (160, 120),
+        'train_dataloader.dataset.pipeline.3.crop_size': (96, 128),
+        'val_dataloader.batch_size': 8,
+        'val_dataloader.dataset.pipeline.1.scale': (160, 120),
+        'test_dataloader.batch_size': 8,
+        'test_dataloader.dataset.pipeline.1.scale': (160, 120),
+    },
 )
 tasks = {
     'flowers5': dict(flowers5, fractions=[0.05, 0.2]),
@@ -47,8 +57,9 @@ tasks = {
         flowers5,
         fractions=[1.0],
         steps=150,
+        lrs=[3e-4, 1e-3, 3e-3],
         scenarios=dict(
-            every=8,
+            every=4,
             severities=[3],
             # Other domains of the same classes: no second set has these five flowers.
             shifts={

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from mmcv.cnn import build_activation_layer, build_norm_layer
 from mmengine.model import BaseModule, kaiming_init
 from torch import Tensor, nn
@@ -36,13 +37,15 @@ class ProTuningBlock(BaseModule):
         learnable_scale: train the factor, one number for the block. Default False.
         zero_init: start the last convolution at zero, so that the prompt starts at exactly zero.
             Default True.
-        init_mode: of Kaiming's rule for the other convolutions: ``'fan_out'``, or ``'fan_in'``,
-            which keeps the size of the signal through a depth-wise convolution, too. Default
-            ``'fan_out'``, as of mmengine.
+        init_mode: how the other convolutions start: by Kaiming's rule, ``'fan_out'``, or
+            ``'fan_in'``, which keeps the size of the signal through a depth-wise convolution,
+            too; or ``'principal'``, from the first training batch, see
+            :meth:`start_from`. Default ``'fan_out'``, as of mmengine.
 
     Raises:
-        ValueError: ``ratio`` leaves no channel, ``hidden`` is below 1, ``kernel_size`` is even, or
-            ``init_mode`` is unknown.
+        ValueError: ``ratio`` leaves no channel, ``hidden`` is below 1, ``kernel_size`` is even,
+            ``init_mode`` is unknown, or ``'principal'`` where the last convolution does not start
+            at zero.
         TypeError: an option that should be a number is none.
 
     Shape: ``(B, C, H, W) -> (B, C, H, W)``, any H and W from 1 on.
@@ -51,6 +54,7 @@ class ProTuningBlock(BaseModule):
         lean: compute normalization and activation again in backward instead of keeping their
             output. Set by :func:`protune_mm.protune`.
         start_only: options that choose how it starts, not what it computes.
+        waits: the next training batch decides how it starts.
     """
 
     lean = True
@@ -83,8 +87,11 @@ class ProTuningBlock(BaseModule):
             )
         if kernel_size % 2 == 0:
             raise ValueError(f'kernel_size={kernel_size} shifts the map by half a pixel: use odd')
-        if init_mode not in ('fan_in', 'fan_out'):
-            raise ValueError(f"init_mode={init_mode!r}: use 'fan_in' or 'fan_out'")
+        if init_mode not in ('fan_in', 'fan_out', 'principal'):
+            raise ValueError(f"init_mode={init_mode!r}: use 'fan_in', 'fan_out' or 'principal'")
+        if init_mode == 'principal' and not zero_init:
+            # Where the output is not zero, this start would change it in the middle of a batch.
+            raise ValueError("init_mode='principal' needs a start at zero: leave zero_init=True")
         hidden = hidden or int(channels / ratio)
         self.zero_init, self.init_mode = zero_init, init_mode
         # A normalization right after a convolution makes its bias redundant.
@@ -112,13 +119,15 @@ class ProTuningBlock(BaseModule):
 
     def init_weights(self) -> None:
         """Set the start: Kaiming for the first two convolutions, zero (or Kaiming) for the last."""
-        kaiming_init(self.down, mode=self.init_mode)
-        kaiming_init(self.spatial, mode=self.init_mode)
+        self.waits = self.init_mode == 'principal'
+        mode = 'fan_in' if self.waits else self.init_mode
+        kaiming_init(self.down, mode=mode)
+        kaiming_init(self.spatial, mode=mode)
         if self.zero_init:
             nn.init.zeros_(self.up.weight)
             nn.init.zeros_(self.up.bias)
         else:
-            kaiming_init(self.up, mode=self.init_mode)
+            kaiming_init(self.up, mode=mode)
         for norm in (self.norm1, self.norm2):
             if getattr(norm, 'weight', None) is not None:
                 nn.init.ones_(norm.weight)
@@ -131,11 +140,60 @@ class ProTuningBlock(BaseModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the prompt for ``x``, scale included, without adding it to ``x``."""
+        if self.waits and self.training:
+            self.start_from(x)
         prompt = self._activated(self.down(x), self.norm1, self.act1, self.spatial)
         prompt = self._activated(prompt, self.norm2, self.act2, self.up)
         if isinstance(self.scale, nn.Parameter) or self.scale != 1.0:
             prompt = prompt * self.scale
         return prompt
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def start_from(self, x: Tensor) -> None:
+        """Start the first two convolutions from a batch; the prompt stays zero.
+
+        The first one becomes the projection of pixels, less their mean, on the directions in which
+        they differ most, with outputs of one as their mean square; the second one the identity.
+        So what the last convolution learns at first follows from the directions that hold most of
+        the frozen features, instead of random ones: the projection that principal component
+        analysis gives is the one that keeps most of their inner products. Of several processes all
+        start as the first one does. A prompt whose last convolution is not zero was trained
+        already, and stays as it is.
+
+        Args:
+            x: (B, C, H, W), what the block reads; at most 2048 pixels of it are looked at.
+        """
+        self.waits = False
+        if self.up.weight.any() or self.up.bias.any():
+            return
+        with torch.autocast(x.device.type, enabled=False):
+            self._project_on_principal(x.movedim(1, -1).flatten(0, -2).float())
+        # Each process has a batch of its own.
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            for conv in (self.down, self.spatial):
+                for parameter in conv.parameters():
+                    dist.broadcast(parameter, 0)
+
+    def _project_on_principal(self, pixels: Tensor) -> None:
+        count = min(len(pixels), 2048)
+        chosen = torch.linspace(0, len(pixels) - 1, count, device=pixels.device).long()
+        pixels = pixels[chosen]
+        mean = pixels.mean(0)
+        if not torch.isfinite(mean).all() or torch.equal(pixels, mean.expand_as(pixels)):
+            return  # Nothing differs: the random start is as good.
+        _, sizes, directions = torch.linalg.svd(pixels - mean, full_matrices=False)
+        hidden = self.down.out_channels
+        found = min(hidden, int((sizes > 1e-4 * sizes[0]).sum()))
+        size = (sizes[:found].square().mean() / count).sqrt()
+        # Where a batch shows fewer directions than there are channels, the rest stay random.
+        weight = nn.functional.normalize(self.down.weight.flatten(1).float())
+        weight[:found] = directions[:found]
+        weight /= size
+        self.down.weight.copy_(weight.view_as(self.down.weight))
+        if self.down.bias is not None:
+            self.down.bias.copy_(-weight @ mean)
+        nn.init.dirac_(self.spatial.weight, groups=self.spatial.groups)
 
     def _activated(self, x: Tensor, norm: nn.Module, act: nn.Module, conv: nn.Module) -> Tensor:
         """Apply normalization, activation and the next convolution.
