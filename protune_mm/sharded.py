@@ -121,6 +121,7 @@ class ProTuneFSDPStrategy(FSDPStrategy):
     def _wrap_model(self, model: nn.Module) -> nn.Module:
         twin = twin_of(model)
         self.logger.info(parameter_line(model))
+        self._start_without_data(model)
         wrapper = dict(self.model_wrapper or {})
         wrapper.setdefault('type', 'MMFullyShardedDataParallel')
         wrapper.setdefault('use_orig_params', True)
@@ -146,6 +147,17 @@ class ProTuneFSDPStrategy(FSDPStrategy):
         # Not as an attribute of the module, which would be sharded, moved and saved with it.
         sharded.__dict__['protune_twin'] = twin
         return sharded
+
+    def _start_without_data(self, model: nn.Module) -> None:
+        """What a forward pass writes into weights that FSDP has gathered is lost after it."""
+        waiting = [prompt for prompt in prompts(model).values() if getattr(prompt, 'waits', False)]
+        for prompt in waiting:
+            prompt.waits = False
+        if waiting:
+            self.logger.warning(
+                "prompt.init_mode='principal' needs whole weights in the first step: under FSDP "
+                "prompts start as with init_mode='fan_in'"
+            )
 
     def build_optim_wrapper(self, optim_wrapper: Any, model: nn.Module | None = None) -> Any:
         """Let an optimizer that was built for the whole weights train their parts."""

@@ -1,6 +1,7 @@
 """A training whose weights FSDP splits between processes is the same training."""
 
 import copy
+import logging
 import os
 import shutil
 import signal
@@ -190,3 +191,16 @@ def test_bad_configs():
         RUNNERS.build(cfg)
     with pytest.raises(ValueError, match="one file, state_dict_cfg='full'"):
         ProTuneFSDPStrategy(state_dict_cfg='local')
+
+
+def test_prompts_that_wait_for_data_start_at_random(caplog):
+    model = MODELS.build(dict(type='mmpretrain.ResNet', depth=18))
+    protune_mm.protune(model, prompt=dict(hidden=4, init_mode='principal'))
+    strategy = object.__new__(ProTuneFSDPStrategy)
+    strategy.logger = logging.getLogger('fsdp')
+    strategy._start_without_data(model)
+    assert not any(prompt.waits for prompt in prompts(model).values())
+    assert 'needs whole weights in the first step' in caplog.text
+    caplog.clear()
+    strategy._start_without_data(model)
+    assert not caplog.text

@@ -118,13 +118,20 @@ tasks = {
 options = dict(
     MobileNetV2={
         # By the validation split: docs/study/findings.md.
-        'pro-tuning': dict(stages='blocks', prompt=dict(hidden=48)),
+        'pro-tuning': dict(
+            stages='inside', prompt=dict(hidden=10, init_mode='principal', act_cfg=None)
+        ),
         'conv-adapter': dict(prompt=dict(beside='block', ratio=2)),
         'lora': dict(prompt=dict(rank=12)),
         'mona': dict(prompt=dict(hidden=40)),
         'lorand': dict(prompt=dict(rank=16)),
     },
 )
-for family in ('ResNet-18', 'ViT-S'):
-    options[family] = {'pro-tuning': options['MobileNetV2']['pro-tuning']}
-del family
+# A hidden layer is wider in one backbone than in another.
+for family, hidden in (('ResNet-18', 96), ('ViT-S', 48)):
+    options[family] = {
+        'pro-tuning': dict(
+            stages='inside', prompt=dict(hidden=hidden, init_mode='principal', act_cfg=None)
+        )
+    }
+del family, hidden
