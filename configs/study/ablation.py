@@ -11,7 +11,7 @@ tasks = {
     'flowers5-more-validation': dict(
         _base_.tasks.flowers5,
         fractions=[0.257, 0.064],
-        lrs=[3e-4, 1e-3, 3e-3],
+        lrs=[3e-4, 1e-3, 3e-3, 1e-2],
         cfg_options={
             **_base_.flowers5.cfg_options,
             'train_dataloader.dataset.indices': [i for i in range(3457) if i % 10 > 2],
@@ -74,6 +74,17 @@ variants = {
     'inside-hidden10': dict(stages='inside', prompt=dict(hidden=10)),
     'inside-hidden10-principal': dict(
         stages='inside', prompt=dict(hidden=10, init_mode='principal', act_cfg=None)
+    ),
+    # The head at a rate of its own: of head-only the best rate is higher than of prompts.
+    'inside-hidden10-principal-rate0.3': dict(
+        stages='inside',
+        prompt=dict(hidden=10, init_mode='principal', act_cfg=None),
+        prompt_lr_mult=0.3,
+    ),
+    'inside-hidden10-principal-rate0.1': dict(
+        stages='inside',
+        prompt=dict(hidden=10, init_mode='principal', act_cfg=None),
+        prompt_lr_mult=0.1,
     ),
     'inside-hidden10-principal-gelu': dict(
         stages='inside', prompt=dict(hidden=10, init_mode='principal')

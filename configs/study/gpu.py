@@ -20,6 +20,8 @@ longer = dict(
     few_steps=1500,
     cfg_options={'train_dataloader.batch_size': 8, 'train_dataloader.num_workers': 4},
 )
+# Images of the size of the config, not of the study for CPUs.
+segment = dict(longer, cfg_options=dict(longer['cfg_options'], _delete_=True))
 tasks = {
     'flowers5': dict(classify, fractions=[0.02, 0.05, 0.1, 0.2, 1.0]),
     'flowers5-robust': dict(
@@ -31,10 +33,10 @@ tasks = {
         ),
     ),
     'flowers5-long-tailed': dict(classify),
-    'camvid': dict(longer, fractions=[1.0, 0.2, 0.05]),
+    'camvid': dict(segment, fractions=[1.0, 0.2, 0.05]),
     'fruit': dict(longer, fractions=[1.0, 0.25]),
     'flowers5-vit': dict(classify, fractions=[0.05, 0.2, 1.0]),
-    'camvid-r18': dict(longer, fractions=[1.0, 0.2]),
+    'camvid-r18': dict(segment, fractions=[1.0, 0.2]),
     'bccd': dict(longer, fractions=[1.0, 0.25]),
     'camvid-instances': dict(longer),
 }
