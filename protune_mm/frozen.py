@@ -59,6 +59,7 @@ class State:
         origin: where its base came from, where that is known from loading; see
             :class:`protune_mm.identity.Identity`.
         placed: what decides what its prompts compute, as checkpoints keep it.
+        places: number of layers and blocks that carry a prompt.
         told: what the checkpoint that is being loaded says of its base.
         fingerprint: of its frozen weights, behind what it was computed for.
     """
@@ -73,6 +74,7 @@ class State:
     base_checkpoint: str | None = None
     origin: dict = field(default_factory=dict)
     placed: dict = field(default_factory=dict)
+    places: int = 0
     told: Identity | None = None
     fingerprint: tuple = ()
 
@@ -117,6 +119,7 @@ class ProTunedBackbone:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the stock backbone; the first call says loudly when it has no weights."""
         if not self._protune.loads.checked:
+            check_places(self)
             check_weights(self)
         if '_protune_pairs' in self.__dict__ and '_protune_linked' not in self.__dict__:
             link(self)
@@ -168,6 +171,7 @@ class ProTunedBackbone:
         in evaluation mode, prompts included, so the prompts are set after it. Prompts that were
         frozen from outside (a teacher's) stay so.
         """
+        check_places(self)
         trained = trained_modules(self).values()
         wanted = {p: p.requires_grad for p in _trained_parameters(self)}
         super().train(False)
@@ -550,6 +554,25 @@ def _after_load(module: nn.Module, incompatible: Any) -> None:
             f'{type(module).__name__}: the loaded weights hold no prompts; the prompts keep their '
             'start',
             logger='current',
+        )
+
+
+def check_places(module: nn.Module) -> None:
+    """Refuse a backbone that has lost prompts with the layers that carried them.
+
+    Args:
+        module: a :class:`ProTunedBackbone`.
+
+    Raises:
+        RuntimeError: one of these layers was replaced.
+    """
+    left = sum(isinstance(m, PromptedBlock) for m in module.modules())
+    if left < module._protune.places:
+        raise RuntimeError(
+            f'{type(module).__name__} has {left} of its {module._protune.places} prompts left: '
+            'layers that carried one were replaced, by a conversion to synchronized batch norms '
+            "(sync_bn) or by fusing norms, say; prompts after stages (stages=None or 'blocks') sit "
+            'on none of these'
         )
 
 

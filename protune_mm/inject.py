@@ -73,7 +73,8 @@ def protune(
             ``'last-2'``: freeze all but biases, norms or the last K blocks; these run stock
             layers.
         affine: beside the prompts, a scale and a shift of channels after every norm inside the
-            blocks, see :class:`protune_mm.prompts.ScaleShift`. Default False. It adds a percent of
+            blocks but those that carry a prompt (``stages='inside'``), see
+            :class:`protune_mm.prompts.ScaleShift`. Default False. It adds a percent of
             parameters and keeps what the norms return for backward.
         require_weights: a frozen backbone without loaded weights is an error, not a warning.
         weights_given: the module holds its pre-trained weights already. Default True: they are
@@ -133,6 +134,7 @@ def protune(
     freeze(module, options, weights_given, mode, blocks, parameters)
     module._protune.base_checkpoint = base_checkpoint
     module._protune.placed = placed_options(options, sites)
+    module._protune.places = len(sites)
     return module
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from mmengine.logging import print_log
 from torch import nn
 
 from .features import Inside, Item, LastMaps, Layout, Maps, Site, Tokens, TokensOfGrid
@@ -19,11 +20,25 @@ def inside_sites(
     """Where the prompts go: one in each block that has a hidden layer.
 
     Raises:
-        ValueError: an option is for prompts after stages, or no block has such a layer.
+        ValueError: an option is for prompts after stages, no block has such a layer, or blocks are
+            computed again in backward or change their layers.
     """
     for key, choice in (('last', 'series'), ('features', 'plain')):
         if options.prompt[key] == choice:
             raise ValueError(f"prompt.{key}='{choice}' is for prompts after stages, not inside")
+    kind = type(module).__name__
+    for layer in module.modules():
+        if getattr(layer, 'with_cp', False) is True:
+            # What is computed again there knows neither the grid of tokens nor the chosen prompts.
+            raise ValueError(
+                f"stages='inside': {kind} has with_cp=True, which computes blocks again in "
+                "backward: use with_cp=False, or 'blocks'"
+            )
+        if hasattr(layer, 'switch_to_deploy'):
+            raise ValueError(
+                f"stages='inside': the branches of {kind} become one layer when it is deployed, "
+                "without the prompts inside: use 'blocks'"
+            )
     found: dict[str, str] = {}
     seen: set[nn.Module] = set()
     for block in (block for stage in table for block in stage.blocks):
@@ -36,13 +51,14 @@ def inside_sites(
         shapes = probe_layers(module, list(found), family.native(module) or PROBE_SIZE)
     except ValueError:  # It takes other images only.
         shapes = dict.fromkeys(found, (None, None))
-    sites = []
+    sites, without = [], sorted(set(found) - set(shapes))
     for path, (_, returned) in shapes.items():
         block, layer = module.get_submodule(found[path]), module.get_submodule(path)
         layout = _layout(family, module, block, layer, returned)
         extra = family.count_extra(module, block) if isinstance(layout, Tokens) else 0
         # A block of class attention computes on the class token alone.
         if layout is None or (extra and returned and returned[1] <= extra):
+            without.append(path)
             continue
         sites.append(
             Site(
@@ -57,8 +73,14 @@ def inside_sites(
         )
     if not sites:
         raise ValueError(
-            f"stages='inside' finds no hidden layer in the blocks of {type(module).__name__} that "
-            "returns a map or tokens: use 'blocks'"
+            f"stages='inside' finds no hidden layer in the blocks of {kind} that returns a map or "
+            "tokens: use 'blocks'"
+        )
+    if without:
+        print_log(
+            f'{kind}: no prompt at {", ".join(without)}: it returns neither a map nor '
+            'the tokens of the image',
+            logger='current',
         )
     return sites
 

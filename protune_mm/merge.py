@@ -37,5 +37,6 @@ def merge(model: nn.Module) -> nn.Module:
         del layer._protune_site
         remove_mixin(layer, PromptedBlock)
     for backbone in backbones(model).values():
+        backbone._protune.places = 0
         forget(backbone)
     return model

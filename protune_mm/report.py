@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .features import Beside
+from .features import Beside, Inside
 from .frozen import backbones, prompts, tuned_parameters
 
 
@@ -61,7 +61,8 @@ def prompt_rows(model: nn.Module) -> list[dict[str, object]]:
         for name, prompt in prompts(backbone).items():
             site = backbone.get_submodule(name.removesuffix('.prompt'))._protune_site
             join = 'series' if site.series else 'residual'
-            join = 'beside' if isinstance(site.layout, Beside) else join
+            if isinstance(site.layout, Beside):
+                join = 'inside' if isinstance(site.layout, Inside) else 'beside'
             if site.extra_tokens != 'keep':
                 join += f', class token: {site.extra_tokens}'
             rows.append(

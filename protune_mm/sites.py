@@ -96,6 +96,11 @@ def choose_sites(module: nn.Module, options: Options) -> list[Site]:
             )
     kind = prompt_class(options.prompt)
     where = getattr(kind, 'where', 'stages')
+    if options.stages == 'inside' and where != 'stages':
+        raise ValueError(
+            f"stages='inside': prompt.type='{options.prompt['type']}' has places of its own: leave "
+            "stages=None, or 'blocks'"
+        )
     if where == 'layers':
         return _layer_sites(module, family, table, options)
     if options.stages == 'inside':

@@ -7,12 +7,15 @@ from torch import nn
 
 import protune_mm
 from protune_mm.frozen import frozen_tensors, prompts
+from protune_mm.report import prompt_rows
 from tests.conftest import EVERY, move_prompts
 from tests.test_every_backbone import DISCONTINUOUS, outputs, pair, pictures
 
 OPTIONS = dict(stages='inside', prompt=dict(hidden=2))
 # Their blocks hold no layer that returns a map or the tokens of the whole image.
-REFUSED = ('SSDVGG', 'ConvMixer', 'LeViT', 'Conformer', 'MViT', 'CGNet')
+REFUSED = ('SSDVGG', 'ConvMixer', 'Conformer', 'MViT', 'CGNet')
+# Their branches become one layer.
+DEPLOYED = ('RepVGG', 'MobileOne', 'RepLKNet', 'RepMLPNet', 'RIFormer', 'LeViT')
 every = pytest.mark.parametrize(('library', 'family'), EVERY)
 
 
@@ -26,8 +29,9 @@ def scope(request):
 
 @every
 def test_every_backbone_starts_as_stock_and_each_prompt_learns(library, family):
-    if family.name in REFUSED:
-        with pytest.raises(ValueError, match="stages='inside' finds no hidden layer"):
+    if family.name in REFUSED + DEPLOYED:
+        why = 'branches .* become one layer' if family.name in DEPLOYED else 'finds no hidden layer'
+        with pytest.raises(ValueError, match=f"stages='inside'.* {why}"):
             pair(library, family, True, **OPTIONS)
         return
     stock, tuned = pair(library, family, True, **OPTIONS)
@@ -113,3 +117,28 @@ def test_options_of_prompts_after_stages_are_an_error(option):
 def test_unknown_backbones_are_refused_clearly():
     with pytest.raises(ValueError, match='is of no known backbone family'):
         protune_mm.protune(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), stages='inside')
+
+
+def test_blocks_that_are_computed_again_are_refused():
+    stock = MODELS.build(dict(type='mmdet.ResNet', depth=18, with_cp=True))
+    with pytest.raises(ValueError, match='has with_cp=True'):
+        protune_mm.protune(stock, **OPTIONS)
+
+
+@pytest.mark.parametrize('kind', ['LoRA', 'Mona'])
+def test_types_with_places_of_their_own_are_refused(kind):
+    stock = MODELS.build(dict(type='mmdet.ResNet', depth=18))
+    with pytest.raises(ValueError, match=f"prompt.type='{kind}' has places of its own"):
+        protune_mm.protune(stock, stages='inside', prompt=dict(type=kind))
+
+
+def test_prompts_that_went_with_their_norms_are_an_error():
+    tuned = protune_mm.protune(MODELS.build(dict(type='mmdet.ResNet', depth=18)), **OPTIONS)
+    nn.SyncBatchNorm.convert_sync_batchnorm(tuned)
+    with pytest.raises(RuntimeError, match=r'has 0 of its 8 prompts left: layers .* were replaced'):
+        tuned.train()
+
+
+def test_the_report_says_inside():
+    tuned = protune_mm.protune(MODELS.build(dict(type='mmdet.ResNet', depth=18)), **OPTIONS)
+    assert {row['join'] for row in prompt_rows(tuned)} == {'inside'}

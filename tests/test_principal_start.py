@@ -127,6 +127,7 @@ def test_a_backbone_starts_exactly_as_stock(stages):
 TWO = """
 import torch, torch.distributed as dist
 from protune_mm.prompts import ProTuningBlock
+from protune_mm.prompts.pro_tuning import some_pixels
 dist.init_process_group('gloo')
 rank = dist.get_rank()
 torch.manual_seed(rank)
@@ -134,7 +135,7 @@ prompt = ProTuningBlock(6, hidden=2, init_mode='principal').train()
 x = torch.randn(2, 6, 4, 4)
 alone = ProTuningBlock(6, hidden=2, init_mode='principal')
 with torch.no_grad():
-    alone._project_on_principal(x.movedim(1, -1).flatten(0, -2))
+    alone._project_on_principal(some_pixels(x))
 prompt(x)
 all_ = [torch.empty_like(prompt.down.weight) for _ in range(2)]
 dist.all_gather(all_, prompt.down.weight.detach())

@@ -168,7 +168,7 @@ class ProTuningBlock(BaseModule):
         if self.up.weight.any() or self.up.bias.any():
             return
         with torch.autocast(x.device.type, enabled=False):
-            self._project_on_principal(x.movedim(1, -1).flatten(0, -2).float())
+            self._project_on_principal(some_pixels(x.detach()))
         # Each process has a batch of its own.
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             for conv in (self.down, self.spatial):
@@ -176,9 +176,7 @@ class ProTuningBlock(BaseModule):
                     dist.broadcast(parameter, 0)
 
     def _project_on_principal(self, pixels: Tensor) -> None:
-        count = min(len(pixels), 2048)
-        chosen = torch.linspace(0, len(pixels) - 1, count, device=pixels.device).long()
-        pixels = pixels[chosen]
+        count = len(pixels)
         mean = pixels.mean(0)
         if not torch.isfinite(mean).all() or torch.equal(pixels, mean.expand_as(pixels)):
             return  # Nothing differs: the random start is as good.
@@ -227,6 +225,15 @@ class DepthwiseConv2d(nn.Conv2d):
         cast = (None if t is None else t.to(dtype) for t in (x, self.weight, self.bias))
         with without_autocast(x):
             return depthwise(*cast)
+
+
+def some_pixels(x: Tensor, most: int = 2048) -> Tensor:
+    """Evenly spread pixels (N, C) of maps (B, C, H, W), as float32; only these are copied."""
+    height, width = x.shape[2:]
+    total = x.shape[0] * height * width
+    chosen = torch.linspace(0, total - 1, min(total, most), device=x.device).long()
+    image, place = chosen // (height * width), chosen % (height * width)
+    return x[image, :, place // width, place % width].float()
 
 
 REBUILDABLE = (nn.Identity, nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.GroupNorm, nn.LayerNorm)
