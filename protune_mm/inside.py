@@ -9,6 +9,7 @@ from torch import nn
 from .features import Inside, Item, LastMaps, Layout, Maps, Site, Tokens, TokensOfGrid
 from .frozen import Options
 from .probe import PROBE_SIZE, probe_layers
+from .prompt_config import refuse_after_stages
 from .prompts.base import feedforward
 from .prompts.scale_shift import NORMS
 from .stages import Family, Stage
@@ -23,9 +24,7 @@ def inside_sites(
         ValueError: an option is for prompts after stages, no block has such a layer, or blocks are
             computed again in backward or change their layers.
     """
-    for key, choice in (('last', 'series'), ('features', 'plain')):
-        if options.prompt[key] == choice:
-            raise ValueError(f"prompt.{key}='{choice}' is for prompts after stages, not inside")
+    refuse_after_stages(options.prompt, ' is for prompts after stages, not inside')
     kind = type(module).__name__
     for layer in module.modules():
         if getattr(layer, 'with_cp', False) is True:

@@ -17,6 +17,14 @@ NAMED_PROMPTS = {'paper': dict(type='ProTuningBlock', last='series')}
 
 
 def prompt_config(prompt: str | dict | None) -> dict:
+    """The whole config of a prompt, with the default type and how it is placed.
+
+    Args:
+        prompt: any part of it, a name from :data:`NAMED_PROMPTS`, or None.
+
+    Raises:
+        ValueError: an unknown name, or an unknown choice of how it is placed.
+    """
     if isinstance(prompt, str):
         if prompt not in NAMED_PROMPTS:
             raise ValueError(
@@ -41,7 +49,27 @@ def own_options(config: dict) -> dict:
     return {k: v for k, v in config.items() if k != 'type' and k not in PLACED}
 
 
+def refuse_after_stages(config: dict, why: str) -> None:
+    """Refuse what is an option of prompts after stages alone.
+
+    Args:
+        config: of the prompt, whole.
+        why: end of the message, after the option.
+
+    Raises:
+        ValueError: it has such an option.
+    """
+    for key, choice in (('last', 'series'), ('features', 'plain')):
+        if config[key] == choice:
+            raise ValueError(f"prompt.{key}='{choice}'{why}")
+
+
 def prompt_class(config: dict) -> type[nn.Module]:
+    """The prompt type that a config names.
+
+    Raises:
+        ValueError: it is unknown.
+    """
     kind = config['type']
     cls = PROMPTS.get(kind.removeprefix('protune_mm.')) if isinstance(kind, str) else kind
     if cls is None:

@@ -27,7 +27,7 @@ from .features import (
 from .frozen import Options, PromptedBlock
 from .inside import inside_sites
 from .probe import PROBE_SIZE, probe_channels, probe_layers
-from .prompt_config import AFFINE, own_options, prompt_class, prompt_config
+from .prompt_config import AFFINE, own_options, prompt_class, prompt_config, refuse_after_stages
 from .prompts.scale_shift import ScaleShift
 from .stages import Family, Stage, find_family, is_theirs, known_families
 from .subclass import stock_type
@@ -181,9 +181,7 @@ def _layer_sites(
             f"prompt.type='{name}' needs to know the blocks of {type(module).__name__}: add a row, "
             'see docs/add_a_backbone.md'
         )
-    for key, choice in (('last', 'series'), ('features', 'plain')):
-        if options.prompt[key] == choice:
-            raise ValueError(f"prompt.{key}='{choice}': prompt.type='{name}' runs beside layers")
+    refuse_after_stages(options.prompt, f": prompt.type='{name}' runs beside layers")
     blocks = _blocks(module, table, options.stages)
     found = {}
     for block in blocks:

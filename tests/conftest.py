@@ -107,6 +107,14 @@ def move_prompts(module):
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
 
 
+@pytest.fixture
+def library_scope(request):
+    """Some backbones build their layers through the default scope."""
+    params = request.node.callspec.params if hasattr(request.node, 'callspec') else {}
+    with DefaultScope.overwrite_default_scope(params.get('library', 'mmdet')):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def clean_scope():
     """No default scope leaks from one test into the next."""

@@ -17,14 +17,7 @@ from protune_mm.stages import FAMILIES
 from tests.conftest import EVERY, build_protuned, build_stock, flat, move_prompts
 
 every = pytest.mark.parametrize(('library', 'family'), EVERY)
-
-
-@pytest.fixture(autouse=True)
-def scope(request):
-    """Some backbones build their layers through the default scope."""
-    params = request.node.callspec.params if hasattr(request.node, 'callspec') else {}
-    with DefaultScope.overwrite_default_scope(params.get('library', 'mmdet')):
-        yield
+pytestmark = pytest.mark.usefixtures('library_scope')
 
 
 def pictures(family, batch=2):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from mmengine.registry import MODELS, DefaultScope
+from mmengine.registry import MODELS
 from torch import nn
 
 import protune_mm
@@ -17,14 +17,7 @@ REFUSED = ('SSDVGG', 'ConvMixer', 'Conformer', 'MViT', 'CGNet')
 # Their branches become one layer.
 DEPLOYED = ('RepVGG', 'MobileOne', 'RepLKNet', 'RepMLPNet', 'RIFormer', 'LeViT')
 every = pytest.mark.parametrize(('library', 'family'), EVERY)
-
-
-@pytest.fixture(autouse=True)
-def scope(request):
-    """Some backbones build their layers through the default scope."""
-    params = request.node.callspec.params if hasattr(request.node, 'callspec') else {}
-    with DefaultScope.overwrite_default_scope(params.get('library', 'mmpretrain')):
-        yield
+pytestmark = pytest.mark.usefixtures('library_scope')
 
 
 @every

@@ -132,6 +132,7 @@ dist.init_process_group('gloo')
 rank = dist.get_rank()
 torch.manual_seed(rank)
 prompt = ProTuningBlock(6, hidden=2, init_mode='principal').train()
+prompt.to(memory_format=torch.channels_last)  # The weights are not contiguous then.
 x = torch.randn(2, 6, 4, 4)
 alone = ProTuningBlock(6, hidden=2, init_mode='principal')
 with torch.no_grad():

@@ -24,6 +24,7 @@ tasks = {
 relu = dict(type='ReLU')
 gn = dict(type='GN', num_groups=1)
 norm = dict(hidden=48, norm_cfg=gn)
+inside = dict(stages='inside', prompt=dict(hidden=10, init_mode='principal', act_cfg=None))
 variants = {
     'stages': dict(),
     'stages-norm': dict(prompt=dict(norm_cfg=gn)),
@@ -72,20 +73,10 @@ variants = {
         stages='blocks', prompt=dict(hidden=48, init_mode='principal', act_cfg=None)
     ),
     'inside-hidden10': dict(stages='inside', prompt=dict(hidden=10)),
-    'inside-hidden10-principal': dict(
-        stages='inside', prompt=dict(hidden=10, init_mode='principal', act_cfg=None)
-    ),
+    'inside-hidden10-principal': inside,
     # The head at a rate of its own: of head-only the best rate is higher than of prompts.
-    'inside-hidden10-principal-rate0.3': dict(
-        stages='inside',
-        prompt=dict(hidden=10, init_mode='principal', act_cfg=None),
-        prompt_lr_mult=0.3,
-    ),
-    'inside-hidden10-principal-rate0.1': dict(
-        stages='inside',
-        prompt=dict(hidden=10, init_mode='principal', act_cfg=None),
-        prompt_lr_mult=0.1,
-    ),
+    'inside-hidden10-principal-rate0.3': dict(inside, prompt_lr_mult=0.3),
+    'inside-hidden10-principal-rate0.1': dict(inside, prompt_lr_mult=0.1),
     'inside-hidden10-principal-gelu': dict(
         stages='inside', prompt=dict(hidden=10, init_mode='principal')
     ),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from mmcv.cnn import build_activation_layer, build_norm_layer
+from mmengine.dist import broadcast
 from mmengine.model import BaseModule, kaiming_init
 from torch import Tensor, nn
 
@@ -170,12 +170,11 @@ class ProTuningBlock(BaseModule):
         with torch.autocast(x.device.type, enabled=False):
             self._project_on_principal(some_pixels(x.detach()))
         # Each process has a batch of its own.
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            for conv in (self.down, self.spatial):
-                for parameter in conv.parameters():
-                    dist.broadcast(parameter, 0)
+        for parameter in (*self.down.parameters(), *self.spatial.parameters()):
+            broadcast(parameter)
 
     def _project_on_principal(self, pixels: Tensor) -> None:
+        """Start from pixels (N, C), of which some differ."""
         count = len(pixels)
         mean = pixels.mean(0)
         if not torch.isfinite(mean).all() or torch.equal(pixels, mean.expand_as(pixels)):
