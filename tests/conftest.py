@@ -56,19 +56,28 @@ def example(library, family):
     return config, config.pop('type')
 
 
+def defined(backbone):
+    """A backbone without weights that mmdet leaves as the memory was: a NaN equals nothing."""
+    for module in backbone.modules():
+        if type(module).__name__ == 'TridentConv':
+            torch.nn.init.kaiming_uniform_(module.weight)
+    return backbone
+
+
 def build_stock(library, family, **more):
     """The stock backbone of a row's example, in evaluation mode (some `eval` return None)."""
     config, kind = example(library, family)
     backbone = MODELS.build(dict(type=f'{library}.{kind}', **{**config, **more}))
     backbone.eval()
-    return backbone
+    return defined(backbone)
 
 
 def build_protuned(library, family, **more):
     """The Pro-tuned backbone of a row's example, in evaluation mode."""
     config, kind = example(library, family)
     config = {**config, **more}
-    return MODELS.build(dict(type='protune_mm.ProTuned', base=f'{library}.{kind}', **config)).eval()
+    base = f'{library}.{kind}'
+    return defined(MODELS.build(dict(type='protune_mm.ProTuned', base=base, **config)).eval())
 
 
 def pair(library, family, **more):
