@@ -5,14 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
+from mmengine.optim import (
+    BaseOptimWrapper,
+    DefaultOptimWrapperConstructor,
+    LinearLR,
+    OptimWrapper,
+)
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as ROOT
 from torch import nn
+from torch.optim import Optimizer
 
 from .frozen import tuned_parameters
-from .registry import OPTIM_WRAPPER_CONSTRUCTORS
+from .registry import OPTIM_WRAPPER_CONSTRUCTORS, PARAM_SCHEDULERS
 
 DEFAULT_CONSTRUCTOR = 'DefaultOptimWrapperConstructor'
+PROMPT = 'prompt'
+"""Key of the parameter groups of prompts."""
 
 
 def wrap_constructor(optim_wrapper: dict) -> dict:
@@ -41,7 +49,8 @@ class ProTuneOptimWrapperConstructor:
 
     The stock constructor runs on the neck and head as it would, with the config's multipliers
     and layer decay, which so cannot reach prompts. Prompts follow in two parameter groups:
-    convolution weights, and norms, biases and scales without weight decay.
+    convolution weights, and norms, biases and scales without weight decay. They have the key
+    ``prompt``, by which :class:`PromptWarmup` knows them.
 
     Args:
         optim_wrapper_cfg: as for the stock constructor.
@@ -109,7 +118,7 @@ class ProTuneOptimWrapperConstructor:
                 scale = parameter.ndim <= 1 or (parameter.ndim == 3 and shape[1:] == (1, 1))
                 (plain if scale else decayed).append(parameter)
         config = self.optim_wrapper_cfg['optimizer']
-        shared = {}
+        shared = {PROMPT: True}
         if config.get('lr') is not None:
             shared['lr'] = config['lr'] * self.lr_mult
         weights = {'params': decayed, **shared}
@@ -117,6 +126,59 @@ class ProTuneOptimWrapperConstructor:
             weights['weight_decay'] = config['weight_decay'] * self.decay_mult
         rest = {'params': plain, **shared, 'weight_decay': 0.0}
         return [group for group in (weights, rest) if group['params']]
+
+
+@PARAM_SCHEDULERS.register_module()
+class PromptWarmup(LinearLR):
+    """Raise the learning rate of prompts from near zero, while the head trains as it would.
+
+    A head that starts at random sends prompts gradients that mean little; a longer warm-up for
+    them lets it settle first. It multiplies what the other schedulers of the config do, whose own
+    warm-up goes on counting for all parameters::
+
+        param_scheduler = [dict(type='protune_mm.PromptWarmup', end=1000), *stock_schedulers]
+
+    Args:
+        optimizer: optimizer or its wrapper, built by :class:`ProTuneOptimWrapperConstructor`.
+        end: when prompts reach their full rate, in steps (epochs where ``by_epoch``).
+        begin: when their warm-up begins. Default 0.
+        start_factor: factor on their rate at ``begin``, above 0 and at most 1. Default 0.001.
+        by_epoch: count epochs instead of steps. Default False.
+        **kwargs: as of mmengine's ``LinearLR``.
+
+    Raises:
+        ValueError: the optimizer holds no prompts, or ``start_factor`` is out of range.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer | BaseOptimWrapper,
+        end: int,
+        begin: int = 0,
+        start_factor: float = 0.001,
+        by_epoch: bool = False,
+        **kwargs: object,
+    ) -> None:
+        if not 0 < start_factor <= 1:
+            raise ValueError(f'start_factor={start_factor}: use a factor above 0 and at most 1')
+        # By position: an optimizer's state of before, loaded later, may lack the key.
+        self.prompts = [i for i, group in enumerate(optimizer.param_groups) if group.get(PROMPT)]
+        if not self.prompts:
+            raise ValueError(
+                'PromptWarmup: the optimizer holds no prompts: use it with a Pro-tuned backbone '
+                "whose policy trains something in it, and optim_wrapper's constructor "
+                f"'protune_mm.{ProTuneOptimWrapperConstructor.__name__}'"
+            )
+        super().__init__(
+            optimizer, begin=begin, end=end, start_factor=start_factor, by_epoch=by_epoch, **kwargs
+        )
+
+    def _get_value(self) -> list[float]:
+        values = super()._get_value()
+        return [
+            values[i] if i in self.prompts else group[self.param_name]
+            for i, group in enumerate(self.optimizer.param_groups)
+        ]
 
 
 @contextmanager

@@ -175,6 +175,19 @@ def test_results_of_other_settings_are_none_of_a_study(study, parts):
     assert rank['full'] == first['full']
 
 
+def test_the_rate_of_prompts_and_its_warmup(study, parts):
+    line = 'dict(prompt=dict(rank=1), prompt_lr_mult=0.3, prompt_warmup=0.5)'
+    change = {'steps=3': 'steps=30', 'dict(prompt=dict(rank=1))': line}
+    plan = parts['plan'].Study(str(study(**change)))
+    run = plan.runs()[0]
+    cfg = parts['training'].config_of(plan, run, '')
+    assert run.method == 'lora'
+    assert cfg.optim_wrapper.paramwise_cfg.prompt_lr_mult == 0.3
+    assert cfg.param_scheduler[-1] == dict(type='protune_mm.PromptWarmup', end=15)
+    assert cfg.model.backbone.prompt == dict(type='LoRA', rank=1)
+    assert not {'prompt_lr_mult', 'prompt_warmup'} & set(cfg.model.backbone)
+
+
 def test_a_long_tail_counts_the_images_that_are_left(study, parts):
     plan = parts['plan'].Study(str(study(**{'steps=3': 'steps=3, long_tail=2', '[1.0]': '[0.7]'})))
     cfg = parts['training'].config_of(plan, plan.runs()[0], '')

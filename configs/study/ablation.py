@@ -3,15 +3,17 @@
 #     python tools/study.py configs/study/ablation.py --results ablations.jsonl
 _base_ = ['./cpu.py']
 
+lrs = [3e-4, 1e-3, 3e-3, 1e-2]
 tasks = {
     '_delete_': True,
-    'flowers5': dict(_base_.tasks.flowers5, fractions=[0.05]),
+    'flowers5': dict(_base_.tasks.flowers5, fractions=[0.05], few_steps=150, lrs=lrs),
     # Three times the images to choose by: the noise of 346 was as large as the differences. A quarter
     # of what is left are as many images as 20 % above, a sixteenth as many as 5 %.
     'flowers5-more-validation': dict(
         _base_.tasks.flowers5,
         fractions=[0.257, 0.064],
-        lrs=[3e-4, 1e-3, 3e-3, 1e-2],
+        few_steps=150,
+        lrs=lrs,
         cfg_options={
             **_base_.flowers5.cfg_options,
             'train_dataloader.dataset.indices': [i for i in range(3457) if i % 10 > 2],
@@ -80,6 +82,11 @@ variants = {
     'inside-hidden10-principal-gelu': dict(
         stages='inside', prompt=dict(hidden=10, init_mode='principal')
     ),
+    'inside-hidden10-principal-warmup': dict(inside, prompt_warmup=0.5),
+    # The places of the defaults, and what the neck and head receive there.
+    'stages-principal': dict(prompt=dict(init_mode='principal')),
+    'stages-principal-linear': dict(prompt=dict(init_mode='principal', act_cfg=None)),
+    'stages-plain': dict(prompt=dict(features='plain')),
     'adapter-64': dict(prompt=dict(type='Adapter', hidden=64)),
 }
 # The two ends, to see how far the block has come.

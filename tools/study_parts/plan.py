@@ -78,6 +78,10 @@ class Study:
     corruptions, ``shifts`` (transforms that make another domain of the test split, by name),
     ``attacks`` with budgets in 255ths, on ``every`` such test image.
 
+    ``options`` (by backbone, then method) and ``variants`` (methods of this file) are what the line
+    of the backbone gets, and besides ``prompt_lr_mult`` and ``prompt_warmup``, the part of the
+    steps that :class:`protune_mm.optim.PromptWarmup` takes.
+
     Args:
         path: of a file such as ``configs/study/cpu.py``.
 

@@ -242,19 +242,23 @@ def config_of(study: Study, run: Run, work: str) -> Config:
     task = study.tasks[run.task]
     steps = steps_of(task, run)
     cfg = protune_mm.load_config(task['config'], cfg_options=dict(task.get('cfg_options', {})))
+    options = study.backbone_options(run.task, run.method)
+    if 'prompt_lr_mult' in options:
+        rules = cfg.optim_wrapper.get('paramwise_cfg') or {}
+        rule = dict(prompt_lr_mult=options.pop('prompt_lr_mult'))
+        cfg.optim_wrapper.paramwise_cfg = {**rules, **rule}
+    prompt_warmup = options.pop('prompt_warmup', None)
     for _, backbone in config_backbones(cfg):
-        for key, value in study.backbone_options(run.task, run.method).items():
-            mult = cfg.optim_wrapper.setdefault('paramwise_cfg', {})
-            if key == 'prompt_lr_mult':
-                mult[key] = value
-            else:
-                backbone[key] = value
+        backbone.update(options)
     cfg.optim_wrapper.optimizer.lr = run.lr
     warm = max(1, steps // 10)
     cfg.param_scheduler = [
         dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=warm),
         dict(type='CosineAnnealingLR', by_epoch=False, begin=warm, end=steps, T_max=steps - warm),
     ]
+    if prompt_warmup:
+        end = max(2, round(steps * prompt_warmup))
+        cfg.param_scheduler.append(dict(type='protune_mm.PromptWarmup', end=end))
     cfg.train_cfg = dict(type='IterBasedTrainLoop', max_iters=steps, val_interval=steps + 1)
     loader = cfg.train_dataloader
     loader.sampler = dict(type='InfiniteSampler', shuffle=True)

@@ -1,0 +1,124 @@
+"""The warm-up of prompts is theirs alone, multiplies the stock schedule, and can be resumed."""
+
+import pytest
+import torch
+from mmengine.optim import CosineAnnealingLR, LinearLR, build_optim_wrapper
+from mmengine.registry import MODELS, PARAM_SCHEDULERS
+from torch import nn
+
+from protune_mm.optim import PromptWarmup, wrap_constructor
+
+
+class Model(nn.Module):
+    def __init__(self, **more):
+        super().__init__()
+        config = dict(type='protune_mm.ProTuned', base='mmdet.ResNet', depth=18, **more)
+        self.backbone = MODELS.build(config)
+        self.head = nn.Linear(512, 2)
+
+
+def optimizer_of(model):
+    return build_optim_wrapper(
+        model, wrap_constructor(dict(optimizer=dict(type='AdamW', lr=1.0, weight_decay=0.05)))
+    )
+
+
+def rates(optimizer, model):
+    """Learning rates of the head and of the prompts."""
+    head = {id(p) for p in model.head.parameters()}
+    groups = {True: set(), False: set()}
+    for group in optimizer.param_groups:
+        for parameter in group['params']:
+            groups[id(parameter) in head].add(group['lr'])
+    (of_head,), (of_prompts,) = groups[True], groups[False]
+    return of_head, of_prompts
+
+
+def steps(optimizer, schedulers, model, count):
+    found = []
+    for _ in range(count):
+        found.append(rates(optimizer, model))
+        optimizer.step()
+        for scheduler in schedulers:
+            scheduler.step()
+    return found
+
+
+def stock(optimizer):
+    return [
+        LinearLR(optimizer, start_factor=0.1, by_epoch=False, begin=0, end=4),
+        CosineAnnealingLR(optimizer, by_epoch=False, begin=4, end=20, T_max=16),
+    ]
+
+
+def warmup(optimizer, **more):
+    config = dict(type='protune_mm.PromptWarmup', end=11, start_factor=0.01, **more)
+    return PARAM_SCHEDULERS.build(config, default_args=dict(optimizer=optimizer))
+
+
+@pytest.mark.parametrize('first', [True, False])
+def test_it_multiplies_the_rate_of_prompts_and_leaves_the_head(first):
+    model = Model()
+    plain = optimizer_of(model)
+    expected = steps(plain, stock(plain), model, 20)
+    optimizer = optimizer_of(model)
+    if first:
+        schedulers = [warmup(optimizer), *stock(optimizer)]
+    else:
+        schedulers = [*stock(optimizer), warmup(optimizer)]
+    found = steps(optimizer, schedulers, model, 20)
+    for step, ((stock_head, stock_prompt), (head, prompt)) in enumerate(
+        zip(expected, found, strict=True)
+    ):
+        factor = min(1.0, 0.01 + 0.99 * step / 10)
+        assert head == pytest.approx(stock_head, rel=1e-9)
+        assert prompt == pytest.approx(stock_prompt * factor, rel=1e-9)
+    assert found[0][1] < found[0][0], 'prompts start below the head'
+
+
+def test_a_resumed_training_goes_on():
+    model = Model()
+    whole = optimizer_of(model)
+    expected = steps(whole, [warmup(whole)], model, 12)
+    before = optimizer_of(model)
+    schedule = warmup(before)
+    steps(before, [schedule], model, 5)
+    state = before.state_dict()
+    for group in state['param_groups']:
+        group.pop('prompt', None)  # As of a version without the key.
+    after = optimizer_of(model)
+    again = warmup(after)
+    after.load_state_dict(state)
+    again.load_state_dict(schedule.state_dict())
+    found = steps(after, [again], model, 7)
+    assert [prompt for _, prompt in found] == pytest.approx([prompt for _, prompt in expected[5:]])
+    assert [head for head, _ in found] == [1.0] * 7
+
+
+def test_epochs_become_steps():
+    model = Model()
+    optimizer = optimizer_of(model)
+    config = dict(type='protune_mm.PromptWarmup', end=2, by_epoch=True, convert_to_iter_based=True)
+    schedule = PARAM_SCHEDULERS.build(
+        config, default_args=dict(optimizer=optimizer, epoch_length=5)
+    )
+    assert isinstance(schedule, PromptWarmup)
+    found = steps(optimizer, [schedule], model, 11)
+    assert [head for head, _ in found] == [1.0] * 11
+    assert found[8][1] < 1.0
+    assert found[10][1] == pytest.approx(1.0)
+
+
+def test_an_optimizer_without_prompts_is_an_error():
+    for optimizer in (
+        optimizer_of(Model(policy='head-only')),
+        torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1),
+    ):
+        with pytest.raises(ValueError, match=r'holds no prompts.*Pro-tuned'):
+            PromptWarmup(optimizer, end=5)
+
+
+@pytest.mark.parametrize('factor', [0, -0.1, 1.5])
+def test_a_factor_out_of_range_is_an_error(factor):
+    with pytest.raises(ValueError, match=f'start_factor={factor}: use a factor above 0'):
+        PromptWarmup(optimizer_of(Model()), end=5, start_factor=factor)
