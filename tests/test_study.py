@@ -161,6 +161,19 @@ def parts(monkeypatch):
     return {'plan': plan, 'report': report, 'training': training}
 
 
+def test_a_detector_that_finds_nothing_has_score_0(parts):
+    run = parts['plan'].Run('t', 'full', 1.0, 1e-3, 0)
+    score = parts['training'].score
+    assert score({}, 'coco/bbox_mAP', run) == 0
+    assert score({'100 - mCE, severity 3': 1.0}, 'coco/bbox_mAP', run) == 0
+    assert score({'coco/bbox_mAP': 0.5}, 'coco/bbox_mAP', run) == 0.5
+    for found in ({'coco/bbox_mAP': 0.5}, {'coco/segm_mAP': float('nan')}):
+        with pytest.raises(ValueError, match='no score coco/segm_mAP'):
+            score(found, 'coco/segm_mAP', run)
+    with pytest.raises(ValueError, match='no score mIoU'):
+        score({}, 'mIoU', run)
+
+
 def test_results_of_other_settings_are_none_of_a_study(study, parts):
     Study = parts['plan'].Study
     settings = []

@@ -31,6 +31,7 @@ fruit = dict(
     backbone='MobileNetV2',
     metrics=['coco/bbox_mAP'],
     steps=300,
+    scenarios=dict(every=4, severities=[3]),
     cfg_options={'train_dataloader.batch_size': 4},
 )
 camvid = dict(
@@ -40,6 +41,7 @@ camvid = dict(
     steps=250,
     lrs=[1e-3, 3e-3, 1e-2],
     channels_last=True,
+    scenarios=dict(every=16, severities=[3]),
     cfg_options={
         'model.data_preprocessor.size': (96, 128),
         'train_dataloader.batch_size': 4,

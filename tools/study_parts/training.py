@@ -125,7 +125,7 @@ def train(path: str, key: str) -> dict:
         scores = dict(val={}, test={})
         if not diverged:
             scores = dict(val=runner.val(), test=runner.test())
-            scores['test'] |= scenario_scores(runner, cfg, task)
+            scores['test'] |= scenario_scores(runner, cfg, task, run)
     counts = backbone_counts(runner.model, cfg)
     # mmengine keeps what belongs to every experiment of a process.
     for manager in (MMLogger, MessageHub, Visualizer, DefaultScope):
@@ -175,7 +175,9 @@ def score(found: dict, metric: str, run: Run) -> float:
     Raises:
         ValueError: it is not among them, or no number.
     """
-    value = float(found.get(metric, math.nan))
+    # Of a detector that finds nothing in any image mmdet's metric tells no score at all.
+    silent = metric.startswith('coco/') and not any(key.startswith('coco/') for key in found)
+    value = float(found.get(metric, 0.0 if silent else math.nan))
     if not math.isfinite(value):
         there = ', '.join(f'{key} {value}' for key, value in found.items())
         raise ValueError(f"task '{run.task}': no score {metric}: there are {there}")
@@ -194,7 +196,7 @@ def scenario_metrics(task: dict) -> list[str]:
     ]
 
 
-def scenario_scores(runner: Runner, cfg: Config, task: dict) -> dict[str, float]:
+def scenario_scores(runner: Runner, cfg: Config, task: dict, run: Run) -> dict[str, float]:
     """Scores under corruption and attack, on a part of the test split."""
     wanted = task.get('scenarios')
     if not wanted:
@@ -213,7 +215,7 @@ def scenario_scores(runner: Runner, cfg: Config, task: dict) -> dict[str, float]
         runner._test_loop = TestLoop(
             runner, runner.build_dataloader(dataloader), runner.build_evaluator(evaluator)
         )
-        return runner.test()[metric]
+        return score(runner.test(), metric, run)
 
     for name, steps in wanted.get('shifts', {}).items():
         found[f'shifted, {name}'] = test(after_loading(plain, list(steps)))
