@@ -58,7 +58,7 @@ tasks = {
     'flowers5-robust': dict(
         flowers5,
         fractions=[1.0],
-        steps=150,
+        steps=300,
         lrs=[3e-4, 1e-3, 3e-3],
         scenarios=dict(
             every=4,
