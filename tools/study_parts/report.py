@@ -90,6 +90,15 @@ def spread(runs: list[dict], key: str) -> float:
     return statistics.stdev(run[key] for run in runs) if len(runs) > 1 else 0.0
 
 
+def error_of_difference(one: dict, other: dict) -> float:
+    """Standard error of the mean difference of two methods, over the seeds that both have."""
+    first, second = ({run['seed']: run['score'] for run in cell['runs']} for cell in (one, other))
+    differences = [first[seed] - second[seed] for seed in first if seed in second]
+    if len(differences) < 2:
+        return math.nan
+    return statistics.stdev(differences) / math.sqrt(len(differences))
+
+
 def relative(time: float, unit: float) -> str:
     """A time over another; results of older versions have none."""
     return '' if math.isnan(time / unit) else f'{time / unit:.2f}'
@@ -268,7 +277,8 @@ def verdict(found: dict[tuple, dict[str, dict]]) -> list[str]:
                 continue
             ahead = unit * (ours['score'] - other['score'])
             needed = margin * unit * max(ours['spread'], other['spread'])
-            cells.append(f'{ahead:+.2f} {"yes" if ahead >= needed and ahead > -1e-9 else "**no**"}')
+            told = 'yes' if ahead >= needed and ahead > -1e-9 else '**no**'
+            cells.append(f'{ahead:+.2f} ± {unit * error_of_difference(ours, other):.2f} {told}')
         if full is not None:
             gains.append(unit * (ours['score'] - full['score']))
         within = 'yes' if share(ours) <= LIMIT else '**no**'
@@ -281,8 +291,9 @@ def verdict(found: dict[tuple, dict[str, dict]]) -> list[str]:
         'Points of Pro-tuning (out of 100) ahead of full fine-tuning; ahead of head-only, "yes" if',
         'by more than the larger spread; ahead of the best rival that trains at most '
         f'{LIMIT:.0%} of',
-        f"the backbone's parameters; and whether it keeps to {LIMIT:.0%} itself. Only places where",
-        'every method has all its runs.',
+        f"the backbone's parameters; and whether it keeps to {LIMIT:.0%} itself. ± is the standard",
+        'error of the mean difference, seed by seed. Only places where every method has all its',
+        'runs.',
         '',
         '| place | Pro-tuning | over full | over head-only | over the best rival | which '
         '| trains |',
