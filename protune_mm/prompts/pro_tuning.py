@@ -157,9 +157,9 @@ class ProTuningBlock(BaseModule):
         they differ most, with outputs of one as their mean square; the second one the identity.
         So what the last convolution learns at first follows from the directions that hold most of
         the frozen features, instead of random ones: the projection that principal component
-        analysis gives is the one that keeps most of their inner products. Of several processes all
-        start as the first one does. A prompt whose last convolution is not zero was trained
-        already, and stays as it is.
+        analysis gives is the one that keeps most of their inner products. EVA, arXiv 2410.07170,
+        starts LoRA's first matrix in this way. Of several processes all start as the first one
+        does. A prompt whose last convolution is not zero was trained already, and stays as it is.
 
         Args:
             x: (B, C, H, W), what the block reads; at most 2048 pixels of it are looked at.
