@@ -132,6 +132,9 @@ options = dict(
 for family, hidden in (('MobileNetV2', 10), ('ResNet-18', 96), ('ViT-S', 48)):
     options.setdefault(family, {})['pro-tuning'] = dict(
         stages='inside',
-        prompt=dict(hidden=hidden, init_mode='principal', act_cfg=None),
+        # So a step of Adam moves what the prompt adds as far at any width of its hidden layer.
+        prompt=dict(
+            hidden=hidden, init_mode='principal', act_cfg=None, scale=round(hidden**-0.5, 2)
+        ),
     )
 del family, hidden
