@@ -258,6 +258,9 @@ def test_the_verdict(parts):
         '| lora | 5.0% yes |'
     )
     assert 'Mean over these places, ahead of full fine-tuning: -0.50.' in text
+    # The best rival may be one that has not been run.
+    told = parts['report'].verdict(parts['report'].cells(Plan, lines), ['full', 'mona', 'lorand'])
+    assert '(2 methods not run)' in '\n'.join(told)
     # A method with runs missing: no verdict yet.
     assert parts['report'].verdict(parts['report'].cells(Plan, lines[:-1])) == []
 

@@ -94,7 +94,7 @@ tasks = {
             'val_dataloader.dataset.pipeline.1.scale': (84, 84),
             'test_dataloader.dataset.pipeline.1.scale': (84, 84),
         },
-        lrs=[1e-4, 3e-4, 1e-3, 3e-3],
+        lrs=[3e-4, 1e-3, 3e-3],
     ),
     'camvid-r18': dict(
         camvid,

@@ -219,7 +219,7 @@ def report(
         '',
     ]
     if final:
-        text += verdict(found)
+        text += verdict(found, study.methods)
     for (task, fraction, metric), methods in found.items():
         first = next(iter(methods.values()))['runs'][0]
         text += [
@@ -256,8 +256,11 @@ def report(
     return '\n'.join(text)
 
 
-def verdict(found: dict[tuple, dict[str, dict]]) -> list[str]:
-    """Pro-tuning against full fine-tuning, head-only and the best rival, a line a place."""
+def verdict(found: dict[tuple, dict[str, dict]], planned: list[str] = ()) -> list[str]:
+    """Pro-tuning against full fine-tuning, head-only and the best rival, a line a place.
+
+    Of ``planned`` methods without a run at a place the number is told: the best rival may be another.
+    """
     rows, gains = [], []
     for (task, fraction, metric), methods in found.items():
         ours, full, head = (methods.get(m) for m in ('pro-tuning', 'full', 'head-only'))
@@ -282,7 +285,9 @@ def verdict(found: dict[tuple, dict[str, dict]]) -> list[str]:
         if full is not None:
             gains.append(unit * (ours['score'] - full['score']))
         within = 'yes' if share(ours) <= LIMIT else '**no**'
-        rows.append(f'| {" | ".join(cells)} | {rival or ""} | {share(ours):.1%} {within} |')
+        lacking = len(set(planned) - set(methods))
+        which = f'{rival or ""}{f" ({lacking} methods not run)" if lacking else ""}'
+        rows.append(f'| {" | ".join(cells)} | {which} | {share(ours):.1%} {within} |')
     if not rows:
         return []
     text = [
@@ -292,8 +297,8 @@ def verdict(found: dict[tuple, dict[str, dict]]) -> list[str]:
         'by more than the larger spread; ahead of the best rival that trains at most '
         f'{LIMIT:.0%} of',
         f"the backbone's parameters; and whether it keeps to {LIMIT:.0%} itself. ± is the standard",
-        'error of the mean difference, seed by seed. Only places where every method has all its',
-        'runs.',
+        'error of the mean difference, seed by seed. Only places where no method has a part of its',
+        'runs; methods that have none there are counted behind the best rival.',
         '',
         '| place | Pro-tuning | over full | over head-only | over the best rival | which '
         '| trains |',
