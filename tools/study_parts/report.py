@@ -259,7 +259,7 @@ def report(
 def verdict(found: dict[tuple, dict[str, dict]], planned: list[str] = ()) -> list[str]:
     """Pro-tuning against full fine-tuning, head-only and the best rival, a line a place.
 
-    Of ``planned`` methods without a run at a place the number is told: the best rival may be another.
+    The number of ``planned`` methods without a run at a place is told: the best rival may be one.
     """
     rows, gains = [], []
     for (task, fraction, metric), methods in found.items():
