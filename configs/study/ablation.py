@@ -79,6 +79,8 @@ variants = {
     # The head at a rate of its own: of head-only the best rate is higher than of prompts.
     'inside-hidden10-principal-rate0.3': dict(inside, prompt_lr_mult=0.3),
     'inside-hidden10-principal-rate0.1': dict(inside, prompt_lr_mult=0.1),
+    'inside-hidden10-principal-scale0.3': dict(inside, prompt=dict(inside['prompt'], scale=0.3)),
+    'inside-hidden10-principal-scale0.1': dict(inside, prompt=dict(inside['prompt'], scale=0.1)),
     'inside-hidden10-principal-gelu': dict(
         stages='inside', prompt=dict(hidden=10, init_mode='principal')
     ),

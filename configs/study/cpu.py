@@ -132,7 +132,7 @@ options = dict(
 for family, hidden in (('MobileNetV2', 10), ('ResNet-18', 96), ('ViT-S', 48)):
     options.setdefault(family, {})['pro-tuning'] = dict(
         stages='inside',
-        # So a step of Adam moves what the prompt adds as far at any width of its hidden layer.
+        # So a step of Adam moves what the prompt adds about as far at any width of its hidden layer.
         prompt=dict(
             hidden=hidden, init_mode='principal', act_cfg=None, scale=round(hidden**-0.5, 2)
         ),

@@ -6,6 +6,7 @@ import math
 import re
 import statistics
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib
@@ -256,7 +257,7 @@ def report(
     return '\n'.join(text)
 
 
-def verdict(found: dict[tuple, dict[str, dict]], planned: list[str] = ()) -> list[str]:
+def verdict(found: dict[tuple, dict[str, dict]], planned: Iterable[str] = ()) -> list[str]:
     """Pro-tuning against full fine-tuning, head-only and the best rival, a line a place.
 
     The number of ``planned`` methods without a run at a place is told: the best rival may be one.
@@ -297,8 +298,8 @@ def verdict(found: dict[tuple, dict[str, dict]], planned: list[str] = ()) -> lis
         'by more than the larger spread; ahead of the best rival that trains at most '
         f'{LIMIT:.0%} of',
         f"the backbone's parameters; and whether it keeps to {LIMIT:.0%} itself. ± is the standard",
-        'error of the mean difference, seed by seed. Only places where no method has a part of its',
-        'runs; methods that have none there are counted behind the best rival.',
+        'error of the mean difference, seed by seed. Only places where all methods that have runs',
+        'have all of them; how many methods have none is told behind the best rival.',
         '',
         '| place | Pro-tuning | over full | over head-only | over the best rival | which '
         '| trains |',
