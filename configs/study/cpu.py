@@ -30,7 +30,8 @@ fruit = dict(
     config='configs/small/retinanet_protune_mobilenetv2_fruit.py',
     backbone='MobileNetV2',
     metrics=['coco/bbox_mAP'],
-    steps=300,
+    steps=400,
+    lrs=[1e-3, 2e-3, 4e-3],
     scenarios=dict(every=4, severities=[3]),
     cfg_options={'train_dataloader.batch_size': 4},
 )
@@ -39,7 +40,7 @@ camvid = dict(
     backbone='MobileNetV2',
     metrics=['mIoU'],
     steps=250,
-    lrs=[1e-3, 3e-3, 1e-2],
+    lrs=[3e-3, 1e-2, 3e-2],
     channels_last=True,
     scenarios=dict(every=16, severities=[3]),
     cfg_options={

@@ -260,8 +260,15 @@ def segmentation_labels(size: tuple[int, int], generator: torch.Generator) -> ob
     return sample
 
 
-def check_tests(*files: str) -> None:
-    """Refuse to report numbers of code whose tests fail."""
+def check_tests(*files: str, skip: bool = False) -> None:
+    """Refuse to report numbers of code whose tests fail.
+
+    Args:
+        files: of the tests.
+        skip: they were run just before.
+    """
+    if skip:
+        return
     print(f'running {" ".join(files)} first ...', flush=True)
     done = subprocess.run(
         [sys.executable, '-m', 'pytest', '-q', '-x', *files],
@@ -293,6 +300,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument('--cases', nargs='+', help='names of models; default: all')
     parser.add_argument('--peft', help='folder that Hugging Face peft is installed in: adds a row')
+    parser.add_argument('--skip-tests', action='store_true', help='they were run just before')
     parser.add_argument('--out', default='docs/benchmark', help='folder of JSON and table')
     return parser
 

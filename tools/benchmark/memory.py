@@ -47,7 +47,7 @@ def main() -> None:
     args = arguments(__doc__.split('\n')[0]).parse_args()
     if args.peft:
         use_peft(args.peft)
-    check_tests('tests/test_lean.py')
+    check_tests('tests/test_lean.py', skip=args.skip_tests)
     quiet()
     rows = []
     for name in BACKBONES:

@@ -41,7 +41,7 @@ def main() -> None:
     args = arguments(__doc__.split('\n')[0]).parse_args()
     if not torch.cuda.is_available():
         sys.exit('ops.py needs a CUDA device: the kernel does not run elsewhere')
-    check_tests('tests/test_depthwise.py')
+    check_tests('tests/test_depthwise.py', skip=args.skip_tests)
     quiet()
     torch.backends.cudnn.benchmark = True
     copy = copy_bandwidth()

@@ -43,7 +43,7 @@ def main() -> None:
     parser = arguments(__doc__.split('\n')[0])
     parser.add_argument('--rounds', type=int, default=21, help='calls of each kernel')
     args = parser.parse_args()
-    check_tests('tests/test_products.py')
+    check_tests('tests/test_products.py', skip=args.skip_tests)
     quiet()
     rows = []
     for name, shapes in LINEAR.items():

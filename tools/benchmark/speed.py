@@ -9,6 +9,7 @@ Writes docs/benchmark/speed.json and speed.md (speed_cuda with a GPU).
 from __future__ import annotations
 
 import contextlib
+import shlex
 import statistics
 import time
 from collections.abc import Callable
@@ -49,30 +50,35 @@ def main() -> None:
     parser = arguments(__doc__.split('\n')[0])
     parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'])
     parser.add_argument('--rounds', type=int, default=9, help='steps of each row')
-    parser.add_argument('--batch', type=int, help='default: 1 for backbones, 2 for models')
+    parser.add_argument(
+        '--batch', type=int, help='images; default: 1 for backbones, 32 on a GPU; 2 for models'
+    )
     parser.add_argument('--models', action='store_true', help='whole models too: for GPUs')
+    parser.add_argument('--rows', nargs='+', help='only rows with one of these words')
     parser.add_argument('--amp', action='store_true', help='autocast to bfloat16')
     args = parser.parse_args()
     if args.peft:
         use_peft(args.peft)
     if args.device == 'cuda':
         ROWS.update(GPU_ROWS, **(AMP_ROWS if args.amp else {}))
-    check_tests('tests/test_lean.py')
+    tests = 'tests/test_lean.py' if args.device == 'cpu' else 'tests/test_lean_gpu.py'
+    check_tests(tests, skip=args.skip_tests)
     quiet()
     names = [*BACKBONES, *(SIZES if args.models else ())]
+    out = 'speed' if args.device == 'cpu' else f'speed_{args.device}'
     rows = []
     for name in names:
         if not args.cases or name in args.cases:
             rows += measure(name, args)
-    out = 'speed' if args.device == 'cpu' else f'speed_{args.device}'
-    write(args.out, out, rows, table(rows, args), args.device)
+            # After each: a run that is stopped leaves what it has measured.
+            write(args.out, out, rows, table(rows, args), args.device)
 
 
 def measure(name: str, args: object) -> list[dict]:
     """Time every row of one model, one step each in turn."""
     steps: dict[str, Callable[[], None]] = {}
     for row in [*backbone_rows(), STOCK_LAST] if name in BACKBONES else ROWS:
-        step = prepare(name, row, args)
+        step = prepare(name, row, args) if wanted(row, args) else None
         if step is not None:
             steps[row] = step
     if name in BACKBONES:
@@ -97,6 +103,16 @@ def measure(name: str, args: object) -> list[dict]:
     return rows
 
 
+def wanted(row: str, args: object) -> bool:
+    """Whether a row is asked for; the one that all are compared with always is."""
+    return row == BASELINE or not args.rows or any(word in row for word in args.rows)
+
+
+def backbone_batch(args: object) -> int:
+    """Images a step: one leaves a GPU waiting for the processor, which all rows do alike."""
+    return args.batch or (32 if args.device == 'cuda' else 1)
+
+
 def prepare(name: str, row: str, args: object) -> Callable[[], None] | None:
     """A function that does one step: forward, backward, and SGD without momentum."""
     if name in BACKBONES:
@@ -105,7 +121,7 @@ def prepare(name: str, row: str, args: object) -> Callable[[], None] | None:
             return None  # Nothing of a backbone alone trains.
         model.to(args.device)
         generator = torch.Generator().manual_seed(0)
-        image = torch.randn(args.batch or 1, 3, 256, 256, generator=generator).to(args.device)
+        image = torch.randn(backbone_batch(args), 3, 256, 256, generator=generator).to(args.device)
         if row == STOCK_LAST:
             model.to(memory_format=torch.channels_last)
             image = image.contiguous(memory_format=torch.channels_last)
@@ -136,7 +152,7 @@ def infer(name: str, lean: bool, args: object) -> Callable[[], None]:
     model = protune_mm.protune(module, prompt=PROMPT, lean=lean).to(args.device)
     model.eval()
     generator = torch.Generator().manual_seed(0)
-    image = torch.randn(args.batch or 1, 3, 256, 256, generator=generator).to(args.device)
+    image = torch.randn(backbone_batch(args), 3, 256, 256, generator=generator).to(args.device)
 
     def run() -> None:
         amp = torch.autocast(args.device, torch.bfloat16) if args.amp else contextlib.nullcontext()
@@ -170,9 +186,14 @@ def table(rows: list[dict], args: object) -> str:
         'Forward, backward and SGD; rows alternate, one step each in turn; medians as a ratio to',
         '"lean off" of the same run, and the ratio of the fastest steps; inference to inference.',
         'Peak memory (GPU only) is what a step allocates beyond weights and optimizer.',
+        f'Images a step: {backbone_batch(args)} of 256x256 pixels for backbones, {args.batch or 2} '
+        'for whole models.',
         '',
         f'    python tools/benchmark/speed.py --device {args.device} --rounds {args.rounds}'
         + (f' --peft {args.peft}' if args.peft else '')
+        + (f' --batch {args.batch}' if args.batch else '')
+        + (f' --cases {shlex.join(args.cases)}' if args.cases else '')
+        + (f' --rows {shlex.join(args.rows)}' if args.rows else '')
         + (' --models' if args.models else '')
         + (' --amp' if args.amp else ''),
         '',

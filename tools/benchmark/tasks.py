@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument('--size', type=int, default=224, help='side of the image, in pixels')
     parser.add_argument('--repeats', type=int, default=5, help='timings of each')
     args = parser.parse_args()
-    check_tests('tests/test_prompt_sets.py', '-k', 'not every_backbone')
+    check_tests('tests/test_prompt_sets.py', '-k', 'not every_backbone', skip=args.skip_tests)
     quiet()
     torch.manual_seed(0)
     rows = [measure(count, args) for count in COUNTS]

@@ -74,7 +74,7 @@ randomness = dict(seed=0)
 def main() -> None:
     parser = arguments(__doc__.split('\n')[0])
     args = parser.parse_args()
-    check_tests('tests/test_distributed.py', '-k', 'double or nodes')
+    check_tests('tests/test_distributed.py', '-k', 'double or nodes', skip=args.skip_tests)
     quiet()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
