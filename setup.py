@@ -59,6 +59,8 @@ setup(
     python_requires='>=3.10',
     packages=find_packages(include=['protune_mm', 'protune_mm.*']),
     include_package_data=False,
+    # The kernels measured on GPUs: protune_mm/ops/depthwise.py reads it.
+    package_data={'protune_mm.ops': ['*.json']},
     # No MM library here: the original libraries and the maintained forks are different
     # distributions of the same import packages, and pip would install one over the other.
     install_requires=requirements('runtime.txt'),

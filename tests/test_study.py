@@ -276,3 +276,19 @@ def test_the_studies_of_the_repository_read(name, monkeypatch):
     assert all(Run.of(run.key) == run for run in runs)
     settings = {(run.task, run.method): study.setting(run) for run in runs}
     assert len(set(settings.values())) == len(settings)
+
+
+def test_a_multiplier_of_a_task_concerns_prompts_only(study, parts):
+    """Methods without prompts keep their results; a method's own multiplier comes first."""
+    methods = ('lora', 'bias', 'full', 'mine')
+    more = {'seeds = [0]': 'seeds = [0]\nvariants = dict(mine=dict(prompt_lr_mult=0.3))'}
+    one = parts['plan'].Study(str(study(methods, **more)))
+    first = {run.method: one.setting(run) for run in one.runs()}
+    other = parts['plan'].Study(
+        str(study(methods, **more, **{'steps=3': 'steps=3, prompt_lr_mult=0.1'}))
+    )
+    second = {run.method: other.setting(run) for run in other.runs()}
+    assert {method for method in first if first[method] != second[method]} == {'lora'}
+    assert other.backbone_options('small', 'lora')['prompt_lr_mult'] == 0.1
+    assert other.backbone_options('small', 'mine')['prompt_lr_mult'] == 0.3
+    assert 'prompt_lr_mult' not in other.backbone_options('small', 'bias')

@@ -68,10 +68,11 @@ GPU_ROWS: dict[str, dict] = {
 }
 """What is the default on the CPU, and to be measured on a GPU."""
 AMP_ROWS: dict[str, dict] = {
-    'Pro-tuning, least memory, channels-last, bfloat16 weights': dict(
+    'Pro-tuning, least memory, channels-last, weights in half': dict(
         lean=dict(channels_last=True, dtype='bfloat16')
     ),
 }
+"""With ``dtype`` replaced by :func:`half_of`."""
 BASELINE = 'Pro-tuning, lean off'
 LORA_ROW = "LoRA (mmpretrain's, rank 8)"
 PEFT_ROW = 'LoRA (Hugging Face peft, rank 8)'
@@ -156,6 +157,11 @@ def with_peft(module: nn.Module, targets: tuple[str, ...] | None) -> nn.Module:
     return module
 
 
+def half_of(name: str) -> torch.dtype:
+    """What a model computes in under autocast: mmcv's RoIAlign has no kernel for bfloat16."""
+    return torch.float16 if name in DETECTORS else torch.bfloat16
+
+
 def whole_model(name: str, row: str) -> nn.Module:
     """A detector or segmentor as one row trains it, with random weights.
 
@@ -169,6 +175,9 @@ def whole_model(name: str, row: str) -> nn.Module:
     options = dict(ROWS[row])
     # Stock configs freeze the stem and the first stage; "full" trains everything.
     frozen = options.pop('frozen_stages', -1)
+    if isinstance(options.get('lean'), dict) and 'dtype' in options['lean']:
+        half = str(half_of(name)).removeprefix('torch.')
+        options['lean'] = {**options['lean'], 'dtype': half}
     if options.get('policy') == 'full':
         cfg.model.backbone.frozen_stages = frozen
     cfg.model.backbone.update(options)

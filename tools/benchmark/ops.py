@@ -51,27 +51,23 @@ def main() -> None:
         for name, stages in NETWORKS.items()
         for channels, stride in stages
     ]
-    rows = [
-        measure(*shape, dtype, layout, copy)
-        for dtype in DTYPES
-        for layout in LAYOUTS
-        for shape in shapes
-    ]
-    fused = [
-        measure_fused(channels, *(math.ceil(side / stride) for side in size), dtype, layout)
-        for dtype in DTYPES
-        for layout in LAYOUTS
-        for size in SIZES
-        for channels, stride in FUSED
-    ]
-    table_of = json.loads(TABLE.read_text()) if TABLE.exists() else {}
-    table_of[torch.cuda.get_device_name()] = {
-        f'{dtype} {layout}': 'triton' if speedup(rows, dtype, layout) > 1 else 'torch'
-        for dtype in dict.fromkeys(row['dtype'] for row in rows)
-        for layout in LAYOUTS
-    }
-    TABLE.write_text(json.dumps(table_of, indent=1, sort_keys=True) + '\n')
-    write(args.out, 'ops', [*rows, *fused], table(rows, fused, copy), 'cuda')
+    rows, fused, chosen = [], [], {}
+    for dtype in DTYPES:
+        for layout in LAYOUTS:
+            rows += [measure(*shape, dtype, layout, copy) for shape in shapes]
+            fused += [
+                measure_fused(channels, *(math.ceil(side / stride) for side in size), dtype, layout)
+                for size in SIZES
+                for channels, stride in FUSED
+            ]
+            name = str(dtype).removeprefix('torch.')
+            faster = speedup(rows, name, layout) > 1
+            chosen[f'{name} {layout}'] = 'triton' if faster else 'torch'
+            # After each: a run that is stopped leaves what it has measured.
+            table_of = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+            table_of.setdefault(torch.cuda.get_device_name(), {}).update(chosen)
+            TABLE.write_text(json.dumps(table_of, indent=1, sort_keys=True) + '\n')
+            write(args.out, 'ops', [*rows, *fused], table(rows, fused, copy), 'cuda')
 
 
 def seconds(run: Callable[[], object], rounds: int = 20) -> float:
@@ -160,6 +156,11 @@ def speedup(rows: list[dict], dtype: str, layout: str) -> float:
 def table(rows: list[dict], fused: list[dict], copy: float) -> str:
     """The document."""
     text = ['# Depth-wise 5x5 convolution', '', f'Copies run at {copy / 1e9:.0f} GB/s.', '']
+    text += [
+        f'Forward and backward, {BATCH} images. The times hold what it takes to start a kernel, as',
+        'in a training step: where "forward, of copy" is far below one, that is most of them.',
+        '',
+    ]
     text += ['| shape | dtype | layout | Triton, ms | PyTorch, ms | faster | forward, of copy |']
     text += ['|---|---|---|---|---|---|---|']
     text += [
@@ -170,9 +171,10 @@ def table(rows: list[dict], fused: list[dict], copy: float) -> str:
     text += ['', 'Geometric means, forward plus backward:', '']
     text += [
         f'- {dtype}, {layout}: {speedup(rows, dtype, layout):.2f}'
-        for dtype in dict.fromkeys(r['dtype'] for r in rows)
-        for layout in LAYOUTS
+        for dtype, layout in dict.fromkeys((r['dtype'], r['layout']) for r in rows)
     ]
+    if not fused:
+        return '\n'.join([*text, ''])
     text += ['', '# Convolution and ReLU, forward', '']
     text += [
         '| shape | dtype | layout | two kernels, ms | one, ms | faster |',

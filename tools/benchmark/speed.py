@@ -28,6 +28,7 @@ from cases import (
     backbone,
     backbone_rows,
     check_tests,
+    half_of,
     loss_of,
     quiet,
     use_peft,
@@ -55,7 +56,7 @@ def main() -> None:
     )
     parser.add_argument('--models', action='store_true', help='whole models too: for GPUs')
     parser.add_argument('--rows', nargs='+', help='only rows with one of these words')
-    parser.add_argument('--amp', action='store_true', help='autocast to bfloat16')
+    parser.add_argument('--amp', action='store_true', help='autocast, see half_of')
     args = parser.parse_args()
     if args.peft:
         use_peft(args.peft)
@@ -136,13 +137,17 @@ def prepare(name: str, row: str, args: object) -> Callable[[], None] | None:
 
     def step() -> None:
         optimizer.zero_grad()
-        amp = torch.autocast(args.device, torch.bfloat16) if args.amp else contextlib.nullcontext()
-        with amp:
+        with autocast(name, args):
             loss = sum(out.float().sum() for out in forward() if out.requires_grad)
         loss.backward()
         optimizer.step()
 
     return step
+
+
+def autocast(name: str, args: object) -> contextlib.AbstractContextManager:
+    """Mixed precision for a model of that name, where it is asked for."""
+    return torch.autocast(args.device, half_of(name)) if args.amp else contextlib.nullcontext()
 
 
 def infer(name: str, lean: bool, args: object) -> Callable[[], None]:
@@ -155,8 +160,7 @@ def infer(name: str, lean: bool, args: object) -> Callable[[], None]:
     image = torch.randn(backbone_batch(args), 3, 256, 256, generator=generator).to(args.device)
 
     def run() -> None:
-        amp = torch.autocast(args.device, torch.bfloat16) if args.amp else contextlib.nullcontext()
-        with amp, torch.inference_mode():
+        with autocast(name, args), torch.inference_mode():
             model(image)
 
     return run

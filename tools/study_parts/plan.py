@@ -34,8 +34,15 @@ METHODS: dict[str, dict] = {
 
 
 NEEDED = ('config', 'backbone', 'metrics', 'fractions', 'steps')
-OPTIONAL = ('few_steps', 'lrs', 'cfg_options', 'channels_last', 'long_tail', 'scenarios')
+OPTIONAL = (
+    'few_steps', 'lrs', 'cfg_options', 'channels_last', 'long_tail', 'scenarios', 'prompt_lr_mult',
+)  # fmt: skip
 """Keys of a task."""
+
+
+def has_prompts(options: dict) -> bool:
+    """Whether a method, by what it adds to the line of a backbone, trains prompts."""
+    return options.get('policy', 'prompts') == 'prompts'
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,8 @@ class Study:
     A task has ``config``, ``backbone``, ``metrics``, ``fractions`` and ``steps``, and may have
     ``few_steps`` (below half of the labels), ``lrs`` of its own, ``cfg_options``,
     ``channels_last`` (the memory of the model's maps), ``long_tail`` (the ratio of
-    :class:`protune_mm.datasets.LongTailed`), and ``scenarios``: ``severities`` of the common
+    :class:`protune_mm.datasets.LongTailed`), ``prompt_lr_mult`` (the rate of the prompts of every
+    method that has some, over that of the head), and ``scenarios``: ``severities`` of the common
     corruptions, ``shifts`` (transforms that make another domain of the test split, by name),
     ``attacks`` with budgets in 255ths, on ``every`` such test image.
 
@@ -142,12 +150,16 @@ class Study:
 
     def backbone_options(self, task: str, method: str) -> dict:
         """What a method adds to the backbone of a task's config."""
+        plan = self.tasks[task]
         if method in self.variants:
-            return copy.deepcopy(self.variants[method])
-        found = copy.deepcopy(METHODS[method])
-        family = self.options.get(self.tasks[task]['backbone'], {})
-        for key, value in (family.get(method) or {}).items():
-            found[key] = {**found.get(key, {}), **value} if isinstance(value, dict) else value
+            found = copy.deepcopy(self.variants[method])
+        else:
+            found = copy.deepcopy(METHODS[method])
+            family = self.options.get(plan['backbone'], {})
+            for key, value in (family.get(method) or {}).items():
+                found[key] = {**found.get(key, {}), **value} if isinstance(value, dict) else value
+        if 'prompt_lr_mult' in plan and has_prompts(found):
+            found.setdefault('prompt_lr_mult', plan['prompt_lr_mult'])
         return found
 
     def setting(self, run: Run) -> str:
@@ -156,10 +168,12 @@ class Study:
         Results of another setting (other steps, options or defaults of a prompt) are none of this
         study.
         """
-        task = {k: v for k, v in self.tasks[run.task].items() if k not in ('fractions', 'lrs')}
+        # The multiplier is among the options of the methods that it concerns.
+        apart = ('fractions', 'lrs', 'prompt_lr_mult')
+        task = {k: v for k, v in self.tasks[run.task].items() if k not in apart}
         options = self.backbone_options(run.task, run.method)
         plan = dict(task=task, config=self._config(task['config']), options=options)
-        if options.get('policy', 'prompts') == 'prompts':
+        if has_prompts(options):
             prompt = options.get('prompt')
             kind = prompt.get('type') if isinstance(prompt, dict) else None
             plan['prompt'] = str(inspect.signature(PROMPTS.get(kind or 'ProTuningBlock')))
