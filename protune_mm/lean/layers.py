@@ -76,8 +76,9 @@ def cast_input(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
-    """Context in which autocast casts nothing; cheap where it is off."""
-    if torch.is_autocast_enabled(x.device.type):
+    """Context in which autocast casts nothing of ``x``; cheap where it would not anyhow."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.get_autocast_dtype(kind):
         return torch.autocast(x.device.type, enabled=False)
     return contextlib.nullcontext()
 
@@ -114,7 +115,7 @@ class LeanConv2d:
         weight, bias = self._lean_weights(norm, dtype, last)
         x, padding = self._padded(cast_input(x, dtype))
         geometry = (self.stride, padding, self.dilation, self.groups)
-        with without_autocast(x):
+        with without_autocast(x):  # The weights are of its dtype.
             if tracing():
                 return F.conv2d(x, weight, bias, *geometry)
             if keeps(x):
@@ -293,7 +294,7 @@ def linear(
         stock = (weight, bias)
         weight, bias = derived(module, name, stock, lambda: cast(dtype, *stock), (dtype,))
     given = cast_input(x, dtype)
-    with without_autocast(x):
+    with without_autocast(given):
         if tracing():
             return F.linear(given, weight, bias)
         out = frozen_linear(given, weight, bias)

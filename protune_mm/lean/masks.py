@@ -1,12 +1,13 @@
 """Boolean masks at one bit an element.
 
 PyTorch keeps a boolean in a byte. On the CPU NumPy packs eight of them into one. Elsewhere eight,
-read as one 64-bit integer, become one byte by a multiplication, and come back by another: three
-passes over the bytes of the mask, in plain PyTorch.
+read as one 64-bit integer, become one byte by a multiplication, and come back from a table. Both take
+two kernels of plain PyTorch: for maps of usual size a GPU waits for the start of each.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,11 +17,6 @@ from torch import Tensor
 
 # Bytes 0/1 of a word times GATHER has, in its top byte, one bit from each of them.
 _GATHER = 0x0102040810204080
-# A byte times SPREAD stands in all eight bytes of a word; byte i keeps bit i.
-_SPREAD = 0x0101010101010101
-_BIT_OF_BYTE = 0x8040201008040201 - (1 << 64)
-_LOWER_BITS = 0x7F7F7F7F7F7F7F7F
-_LOW_OF_BYTE = 0x0101010101010101
 
 
 Tests = Sequence[tuple[str, float]]
@@ -78,7 +74,7 @@ def _pack_words(flat: Tensor) -> Tensor:
     if rest:
         flat = torch.cat((flat, flat.new_zeros(rest)))
     words = flat.view(torch.int64) * _GATHER
-    return words.bitwise_right_shift_(56).to(torch.uint8)
+    return words.view(torch.uint8)[7::8].contiguous()
 
 
 def unpack(packed: Tensor, shape: torch.Size, channels_last: bool = False) -> Tensor:
@@ -104,11 +100,15 @@ def unpack(packed: Tensor, shape: torch.Size, channels_last: bool = False) -> Te
 
 
 def _unpack_words(packed: Tensor) -> Tensor:
-    words = packed.to(torch.int64).mul_(_SPREAD).bitwise_and_(_BIT_OF_BYTE)
-    # Each byte holds zero or one bit; adding 127 carries it to the top without leaving the byte
-    # (a byte of 128 has it there already).
-    words = (words & _LOWER_BITS).add_(_LOWER_BITS).bitwise_or_(words)
-    return words.bitwise_right_shift_(7).bitwise_and_(_LOW_OF_BYTE).view(torch.bool)
+    return _words(packed.device).index_select(0, packed.int()).view(torch.bool)
+
+
+@functools.cache
+def _words(device: torch.device) -> Tensor:
+    """The eight booleans of each byte, as one word: (256), int64."""
+    bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder='little')
+    with torch.inference_mode(False):
+        return torch.from_numpy(bits.view(np.int64)[:, 0]).to(device)
 
 
 def is_channels_last(x: Tensor) -> bool:
