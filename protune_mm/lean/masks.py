@@ -1,8 +1,8 @@
 """Boolean masks at one bit an element.
 
 PyTorch keeps a boolean in a byte. On the CPU NumPy packs eight of them into one. Elsewhere eight,
-read as one 64-bit integer, become one byte by a multiplication, and come back from a table. Both take
-two kernels of plain PyTorch: for maps of usual size a GPU waits for the start of each.
+read as one 64-bit integer, become one byte by a multiplication, and come back from a table: two
+kernels of plain PyTorch each, because for maps of usual size a GPU waits for the start of each.
 """
 
 from __future__ import annotations
