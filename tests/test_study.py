@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from mmengine.registry import DATASETS, DefaultScope
 
 from tests.conftest import ROOT, run_tool
 from tests.small_runs import CLS
@@ -292,3 +293,21 @@ def test_a_multiplier_of_a_task_concerns_prompts_only(study, parts):
     assert other.backbone_options('small', 'lora')['prompt_lr_mult'] == 0.1
     assert other.backbone_options('small', 'mine')['prompt_lr_mult'] == 0.3
     assert 'prompt_lr_mult' not in other.backbone_options('small', 'bias')
+
+
+def test_images_that_a_fraction_leaves_out_validate(study, parts):
+    """With the transforms of the validation split, and none of them trains."""
+    own = (
+        "steps=3, validate_on_rest=True, cfg_options={'val_dataloader.dataset.pipeline.1.scale': 9}"
+    )
+    plan = parts['plan'].Study(str(study(**{'steps=3': own, '[1.0]': '[0.7]'})))
+    cfg = parts['training'].config_of(plan, plan.runs()[0], '')
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        train, val = (
+            DATASETS.build(loader.dataset) for loader in (cfg.train_dataloader, cfg.val_dataloader)
+        )
+    stock, rest = val.datasets
+    assert sorted(train.indices + rest.indices) == list(range(len(train.dataset)))
+    assert len(val) == len(stock) + len(rest) > len(stock)
+    assert val[len(stock)]['inputs'].shape == stock[0]['inputs'].shape
+    assert train[0]['inputs'].shape != stock[0]['inputs'].shape

@@ -36,6 +36,7 @@ METHODS: dict[str, dict] = {
 NEEDED = ('config', 'backbone', 'metrics', 'fractions', 'steps')
 OPTIONAL = (
     'few_steps', 'lrs', 'cfg_options', 'channels_last', 'long_tail', 'scenarios', 'prompt_lr_mult',
+    'validate_on_rest',
 )  # fmt: skip
 """Keys of a task."""
 
@@ -82,7 +83,9 @@ class Study:
     ``few_steps`` (below half of the labels), ``lrs`` of its own, ``cfg_options``,
     ``channels_last`` (the memory of the model's maps), ``long_tail`` (the ratio of
     :class:`protune_mm.datasets.LongTailed`), ``prompt_lr_mult`` (the rate of the prompts of every
-    method that has some, over that of the head), and ``scenarios``: ``severities`` of the common
+    method that has some, over that of the head), ``validate_on_rest`` (training images that a
+    fraction leaves out validate too, because a few hundred choose a rate by chance), and
+    ``scenarios``: ``severities`` of the common
     corruptions, ``shifts`` (transforms that make another domain of the test split, by name),
     ``attacks`` with budgets in 255ths, on ``every`` such test image.
 

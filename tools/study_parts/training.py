@@ -273,12 +273,13 @@ def config_of(study: Study, run: Run, work: str) -> Config:
             seed=run.seed,
         )
     if run.fraction < 1:
-        loader.dataset = dict(
-            type='protune_mm.FewLabels',
-            dataset=loader.dataset,
-            fraction=run.fraction,
-            seed=run.seed,
-        )
+        few = dict(type='protune_mm.FewLabels', fraction=run.fraction, seed=run.seed)
+        if task.get('validate_on_rest'):
+            val = cfg.val_dataloader
+            unlabelled = {**loader.dataset, 'pipeline': val.dataset.pipeline}
+            rest = dict(few, dataset=unlabelled, rest=True)
+            val.dataset = dict(type='mmengine.ConcatDataset', datasets=[val.dataset, rest])
+        loader.dataset = dict(few, dataset=loader.dataset)
     if 'long_tail' in task:
         shots = dict(type='protune_mm.ShotAccuracy', dataset=loader.dataset)
         for key in ('val_evaluator', 'test_evaluator'):
