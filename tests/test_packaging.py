@@ -34,7 +34,7 @@ def test_the_wheel_ships_mim_as_real_files(wheel):
     expected = {f'protune_mm/.mim/{name}' for name in tracked or ['configs/_base_/protune.py']}
     assert expected <= names, expected - names
     assert 'protune_mm/.mim/model-index.yml' in names
-    assert 'protune_mm/prompts/pro_tuning.py' in names
+    assert {'protune_mm/prompts/pro_tuning.py', 'protune_mm/ops/depthwise.json'} <= names
     assert not [n for n in names if '__pycache__' in n or n.startswith(('tests/', 'configs/'))]
 
 

@@ -3,8 +3,10 @@
 import json
 
 import pytest
-from mmengine.registry import DATASETS, DefaultScope
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import DATASETS, MODELS, DefaultScope
 
+from protune_mm.optim import wrap_constructor
 from tests.conftest import ROOT, run_tool
 from tests.small_runs import CLS
 
@@ -279,8 +281,8 @@ def test_the_studies_of_the_repository_read(name, monkeypatch):
     assert len(set(settings.values())) == len(settings)
 
 
-def test_a_multiplier_of_a_task_concerns_prompts_only(study, parts):
-    """Methods without prompts keep their results; a method's own multiplier comes first."""
+def test_a_multiplier_of_a_task_is_for_what_trains_in_the_backbone(study, parts):
+    """Full fine-tuning keeps its results; a method's own multiplier comes first."""
     methods = ('lora', 'bias', 'full', 'mine')
     more = {'seeds = [0]': 'seeds = [0]\nvariants = dict(mine=dict(prompt_lr_mult=0.3))'}
     one = parts['plan'].Study(str(study(methods, **more)))
@@ -289,10 +291,21 @@ def test_a_multiplier_of_a_task_concerns_prompts_only(study, parts):
         str(study(methods, **more, **{'steps=3': 'steps=3, prompt_lr_mult=0.1'}))
     )
     second = {run.method: other.setting(run) for run in other.runs()}
-    assert {method for method in first if first[method] != second[method]} == {'lora'}
+    assert {method for method in first if first[method] != second[method]} == {'lora', 'bias'}
     assert other.backbone_options('small', 'lora')['prompt_lr_mult'] == 0.1
     assert other.backbone_options('small', 'mine')['prompt_lr_mult'] == 0.3
-    assert 'prompt_lr_mult' not in other.backbone_options('small', 'bias')
+    assert 'prompt_lr_mult' not in other.backbone_options('small', 'full')
+    for run in other.runs():  # What the optimizer makes of it.
+        cfg = parts['training'].config_of(other, run, '')
+        model = MODELS.build(cfg.model)
+        wrapper = build_optim_wrapper(model, wrap_constructor(cfg.optim_wrapper))
+        rates = {
+            round(group['lr'] / run.lr, 6)
+            for group in wrapper.optimizer.param_groups
+            for parameter in group['params']
+            if any(parameter is p for p in model.backbone.parameters() if p.requires_grad)
+        }
+        assert rates == {dict(full=1.0, mine=0.3).get(run.method, 0.1)}, run.method
 
 
 def test_images_that_a_fraction_leaves_out_validate(study, parts):

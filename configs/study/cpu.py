@@ -41,8 +41,8 @@ camvid = dict(
     metrics=['mIoU'],
     steps=250,
     lrs=[3e-3, 1e-2, 3e-2],
-    # The head is new and wants ten times the rate of what the backbone has already. Full
-    # fine-tuning, bias, norm and last-k have this from the config, as is usual; so have all prompts.
+    # The head is new and wants ten times the rate of what is in the backbone. Full fine-tuning has
+    # this from the config, as is usual, and every other method from here.
     prompt_lr_mult=0.1,
     channels_last=True,
     scenarios=dict(every=16, severities=[3]),
@@ -131,7 +131,9 @@ options = dict(
     },
 )
 # By the validation split: docs/study/findings.md. A hidden layer is wider in one backbone than in
-# another. In classification all prompts train at the rate of the head.
+# another. Where a task does not say otherwise
+# prompts, biases, norms and last blocks train at the rate of the head, the whole backbone of full
+# fine-tuning, as in the libraries' configs, at a tenth of it.
 for family, hidden in (('MobileNetV2', 10), ('ResNet-18', 96), ('ViT-S', 48)):
     options.setdefault(family, {})['pro-tuning'] = dict(
         stages='inside',

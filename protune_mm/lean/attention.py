@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .derived import derived, tracing
-from .layers import CHEAP, is_frozen, keeps, linear, pays, without_autocast
+from .layers import CHEAP, is_frozen, keeps, linear, pays, without_casts
 from .rebuild import Kept, Rebuilding, Recipe, attach, recipe_of
 
 
@@ -48,7 +48,7 @@ def attend(
         return out.transpose(1, 2).reshape(batch, tokens, channels)
 
     def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        with without_autocast(q):
+        with without_casts(q):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
 
     q, k, v = split(qkv)

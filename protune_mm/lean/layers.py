@@ -75,8 +75,12 @@ def cast_input(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype) if casts else x
 
 
-def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
-    """Context in which autocast casts nothing of ``x``; cheap where it would not anyhow."""
+def without_casts(x: Tensor) -> contextlib.AbstractContextManager:
+    """Context in which autocast casts nothing, for what it would run in its own dtype.
+
+    That is convolutions, linear layers and attention: where ``x`` has this dtype already, autocast
+    stays on, which is cheaper. Their weights must be of the dtype of ``x``.
+    """
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype != torch.get_autocast_dtype(kind):
         return torch.autocast(x.device.type, enabled=False)
@@ -115,7 +119,7 @@ class LeanConv2d:
         weight, bias = self._lean_weights(norm, dtype, last)
         x, padding = self._padded(cast_input(x, dtype))
         geometry = (self.stride, padding, self.dilation, self.groups)
-        with without_autocast(x):  # The weights are of its dtype.
+        with without_casts(x):
             if tracing():
                 return F.conv2d(x, weight, bias, *geometry)
             if keeps(x):
@@ -294,7 +298,7 @@ def linear(
         stock = (weight, bias)
         weight, bias = derived(module, name, stock, lambda: cast(dtype, *stock), (dtype,))
     given = cast_input(x, dtype)
-    with without_autocast(given):
+    with without_casts(given):
         if tracing():
             return F.linear(given, weight, bias)
         out = frozen_linear(given, weight, bias)

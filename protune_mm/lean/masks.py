@@ -7,7 +7,6 @@ kernels of plain PyTorch each, because for maps of usual size a GPU waits for th
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,7 +70,7 @@ def pack(mask: Tensor) -> Tensor:
 
 def _pack_words(flat: Tensor) -> Tensor:
     rest = -flat.numel() % 8
-    if rest:
+    if rest or flat.storage_offset() % 8:  # Words lie at multiples of their size.
         flat = torch.cat((flat, flat.new_zeros(rest)))
     words = flat.view(torch.int64) * _GATHER
     return words.view(torch.uint8)[7::8].contiguous()
@@ -100,15 +99,23 @@ def unpack(packed: Tensor, shape: torch.Size, channels_last: bool = False) -> Te
 
 
 def _unpack_words(packed: Tensor) -> Tensor:
-    return _words(packed.device).index_select(0, packed.int()).view(torch.bool)
+    return _words(packed).index_select(0, packed.int()).view(torch.bool)
 
 
-@functools.cache
-def _words(device: torch.device) -> Tensor:
-    """The eight booleans of each byte, as one word: (256), int64."""
+_tables: dict[torch.device, Tensor] = {}
+
+
+def _words(like: Tensor) -> Tensor:
+    """The eight booleans of each byte, as one word: (256), int64, beside a tensor."""
+    plain = type(like) is Tensor  # Not one that stands for a tensor, as in PyTorch's fake mode.
+    if plain and like.device in _tables:
+        return _tables[like.device]
     bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder='little')
     with torch.inference_mode(False):
-        return torch.from_numpy(bits.view(np.int64)[:, 0]).to(device)
+        table = torch.from_numpy(bits.view(np.int64)[:, 0]).to(like.device)
+    if plain:
+        _tables[like.device] = table
+    return table
 
 
 def is_channels_last(x: Tensor) -> bool:

@@ -9,7 +9,7 @@ from mmengine.model import BaseModule, kaiming_init
 from torch import Tensor, nn
 
 from ..lean.derived import tracing
-from ..lean.layers import compute_dtype, keeps, without_autocast
+from ..lean.layers import compute_dtype, keeps, without_casts
 from ..lean.rebuild import Kept, Rebuilding, Recipe, hooked
 from ..ops.depthwise import depthwise
 from ..registry import PROMPTS
@@ -221,8 +221,8 @@ class DepthwiseConv2d(nn.Conv2d):
         if not x.is_cuda:
             return super().forward(x)
         dtype = compute_dtype(x)
-        cast = (None if t is None else t.to(dtype) for t in (x, self.weight, self.bias))
-        with without_autocast(x):
+        cast = [None if t is None else t.to(dtype) for t in (x, self.weight, self.bias)]
+        with without_casts(cast[0]):
             return depthwise(*cast)
 
 

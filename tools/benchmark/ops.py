@@ -44,6 +44,7 @@ def main() -> None:
     check_tests('tests/test_depthwise.py', skip=args.skip_tests)
     quiet()
     torch.backends.cudnn.benchmark = True
+    torch.manual_seed(0)
     copy = copy_bandwidth()
     shapes = [
         (name, channels // RATIO, *(math.ceil(side / stride) for side in size))
@@ -55,11 +56,6 @@ def main() -> None:
     for dtype in DTYPES:
         for layout in LAYOUTS:
             rows += [measure(*shape, dtype, layout, copy) for shape in shapes]
-            fused += [
-                measure_fused(channels, *(math.ceil(side / stride) for side in size), dtype, layout)
-                for size in SIZES
-                for channels, stride in FUSED
-            ]
             name = str(dtype).removeprefix('torch.')
             faster = speedup(rows, name, layout) > 1
             chosen[f'{name} {layout}'] = 'triton' if faster else 'torch'
@@ -67,7 +63,15 @@ def main() -> None:
             table_of = json.loads(TABLE.read_text()) if TABLE.exists() else {}
             table_of.setdefault(torch.cuda.get_device_name(), {}).update(chosen)
             TABLE.write_text(json.dumps(table_of, indent=1, sort_keys=True) + '\n')
-            write(args.out, 'ops', [*rows, *fused], table(rows, fused, copy), 'cuda')
+            write(args.out, 'ops', rows, table(rows, fused, copy), 'cuda')
+    fused += [
+        measure_fused(channels, *(math.ceil(side / stride) for side in size), dtype, layout)
+        for dtype in DTYPES
+        for layout in LAYOUTS
+        for size in SIZES
+        for channels, stride in FUSED
+    ]
+    write(args.out, 'ops', [*rows, *fused], table(rows, fused, copy), 'cuda')
 
 
 def seconds(run: Callable[[], object], rounds: int = 20) -> float:

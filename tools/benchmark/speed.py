@@ -66,6 +66,13 @@ def main() -> None:
     check_tests(tests, skip=args.skip_tests)
     quiet()
     names = [*BACKBONES, *(SIZES if args.models else ())]
+    for given, known in (
+        (args.cases, names),
+        (args.rows, [*backbone_rows(), STOCK_LAST, *INFERENCE]),
+    ):
+        for one in given or ():
+            if not any(one == name or (given is args.rows and one in name) for name in known):
+                parser.error(f"'{one}' is unknown: there are {', '.join(known)}")
     out = 'speed' if args.device == 'cpu' else f'speed_{args.device}'
     rows = []
     for name in names:
@@ -83,12 +90,14 @@ def measure(name: str, args: object) -> list[dict]:
         if step is not None:
             steps[row] = step
     if name in BACKBONES:
-        steps |= {row: infer(name, lean, args) for row, lean in INFERENCE.items()}
+        steps |= {
+            row: infer(name, lean, args) for row, lean in INFERENCE.items() if wanted(row, args)
+        }
     times: dict[str, list[float]] = {row: [] for row in steps}
-    peaks: dict[str, int] = {}
+    peaks = {row: peak_of(step, args.device) for row, step in steps.items()}
     for number in range(args.rounds + 2):
         for row, step in steps.items():
-            seconds, peaks[row] = timed(step, args.device)
+            seconds = timed(step, args.device)
             if number >= 2:  # The first steps allocate and, on a GPU, choose kernels.
                 times[row].append(seconds)
     rows = []
@@ -106,7 +115,11 @@ def measure(name: str, args: object) -> list[dict]:
 
 def wanted(row: str, args: object) -> bool:
     """Whether a row is asked for; the one that all are compared with always is."""
-    return row == BASELINE or not args.rows or any(word in row for word in args.rows)
+    return (
+        row in (BASELINE, INFERENCE_BASELINE)
+        or not args.rows
+        or any(word in row for word in args.rows)
+    )
 
 
 def backbone_batch(args: object) -> int:
@@ -166,20 +179,32 @@ def infer(name: str, lean: bool, args: object) -> Callable[[], None]:
     return run
 
 
-def timed(step: Callable[[], None], device: str) -> tuple[float, int]:
-    """Seconds of a step and, on a GPU, the bytes that it had allocated at most."""
+def peak_of(step: Callable[[], None], device: str) -> int:
+    """Bytes that a step has allocated at most, on a GPU, beyond what there was when it was made.
+
+    It is the first step: in it gradients, and lean execution's copies of weights, are made.
+    """
+    if device != 'cuda':
+        step()
+        return 0
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def timed(step: Callable[[], None], device: str) -> float:
+    """Seconds of a step."""
     if device == 'cuda':
-        torch.cuda.reset_peak_memory_stats()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before = torch.cuda.memory_allocated()
         start.record()
         step()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3, torch.cuda.max_memory_allocated() - before
+        return start.elapsed_time(end) / 1e3
     start = time.perf_counter()
     step()
-    return time.perf_counter() - start, 0
+    return time.perf_counter() - start
 
 
 def table(rows: list[dict], args: object) -> str:
@@ -189,7 +214,7 @@ def table(rows: list[dict], args: object) -> str:
         '',
         'Forward, backward and SGD; rows alternate, one step each in turn; medians as a ratio to',
         '"lean off" of the same run, and the ratio of the fastest steps; inference to inference.',
-        'Peak memory (GPU only) is what a step allocates beyond weights and optimizer.',
+        'Peak memory (GPU only) is what the first step allocates beyond weights.',
         f'Images a step: {backbone_batch(args)} of 256x256 pixels for backbones, {args.batch or 2} '
         'for whole models.',
         '',

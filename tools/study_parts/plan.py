@@ -82,12 +82,12 @@ class Study:
     A task has ``config``, ``backbone``, ``metrics``, ``fractions`` and ``steps``, and may have
     ``few_steps`` (below half of the labels), ``lrs`` of its own, ``cfg_options``,
     ``channels_last`` (the memory of the model's maps), ``long_tail`` (the ratio of
-    :class:`protune_mm.datasets.LongTailed`), ``prompt_lr_mult`` (the rate of the prompts of every
-    method that has some, over that of the head), ``validate_on_rest`` (training images that a
-    fraction leaves out validate too, because a few hundred choose a rate by chance), and
-    ``scenarios``: ``severities`` of the common
-    corruptions, ``shifts`` (transforms that make another domain of the test split, by name),
-    ``attacks`` with budgets in 255ths, on ``every`` such test image.
+    :class:`protune_mm.datasets.LongTailed`), ``prompt_lr_mult`` (over the rate of the head, that of
+    what a method trains in the backbone; of full fine-tuning the config tells),
+    ``validate_on_rest`` (training images that a fraction leaves out validate too, because a few
+    hundred choose a rate by chance), and ``scenarios``: ``severities`` of the common corruptions,
+    ``shifts`` (transforms that make another domain of the test split, by name), ``attacks`` with
+    budgets in 255ths, on ``every`` such test image.
 
     ``options`` (by backbone, then method) and ``variants`` (methods of this file) are what the line
     of the backbone gets, and besides ``prompt_lr_mult`` and ``prompt_warmup``, the part of the
@@ -134,6 +134,17 @@ class Study:
                 )
         if '::' not in task['config'] and not Path(task['config']).exists():
             raise ValueError(f'{where} has no config {task["config"]}')
+        if task.get('validate_on_rest') and (
+            'long_tail' in task or any(metric.startswith('coco/') for metric in task['metrics'])
+        ):
+            raise ValueError(
+                f'{where}: validate_on_rest is for data sets without a long tail, and not for '
+                'metrics that read an annotation file'
+            )
+        if not task.get('prompt_lr_mult', 1) > 0:
+            raise ValueError(
+                f'{where}: prompt_lr_mult={task["prompt_lr_mult"]} is no factor: use > 0'
+            )
         for fraction in task['fractions']:
             if not 0 < fraction <= 1:
                 raise ValueError(f'{where}: fraction {fraction} is no part of the labels')
@@ -161,7 +172,8 @@ class Study:
             family = self.options.get(plan['backbone'], {})
             for key, value in (family.get(method) or {}).items():
                 found[key] = {**found.get(key, {}), **value} if isinstance(value, dict) else value
-        if 'prompt_lr_mult' in plan and has_prompts(found):
+        # Full fine-tuning has the rule of the config for all of the backbone, head-only nothing.
+        if 'prompt_lr_mult' in plan and found.get('policy') not in ('full', 'head-only'):
             found.setdefault('prompt_lr_mult', plan['prompt_lr_mult'])
         return found
 
@@ -172,7 +184,9 @@ class Study:
         study.
         """
         # The multiplier is among the options of the methods that it concerns.
-        apart = ('fractions', 'lrs', 'prompt_lr_mult')
+        apart = ['fractions', 'lrs', 'prompt_lr_mult']
+        if run.fraction == 1:
+            apart.append('validate_on_rest')  # There is no rest.
         task = {k: v for k, v in self.tasks[run.task].items() if k not in apart}
         options = self.backbone_options(run.task, run.method)
         plan = dict(task=task, config=self._config(task['config']), options=options)
