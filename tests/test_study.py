@@ -295,6 +295,11 @@ def test_a_multiplier_of_a_task_is_for_what_trains_in_the_backbone(study, parts)
     assert other.backbone_options('small', 'lora')['prompt_lr_mult'] == 0.1
     assert other.backbone_options('small', 'mine')['prompt_lr_mult'] == 0.3
     assert 'prompt_lr_mult' not in other.backbone_options('small', 'full')
+    own = 'steps=3, prompt_lr_mult=0.1, full_lr_mult=0.01'
+    rules = "'optim_wrapper.paramwise_cfg': dict(custom_keys=dict(backbone=dict(lr_mult=0.5)))"
+    other = parts['plan'].Study(
+        str(study(methods, **more, **{'steps=3': f'{own}, cfg_options={{{rules}}}'}))
+    )
     for run in other.runs():  # What the optimizer makes of it.
         cfg = parts['training'].config_of(other, run, '')
         model = MODELS.build(cfg.model)
@@ -305,7 +310,7 @@ def test_a_multiplier_of_a_task_is_for_what_trains_in_the_backbone(study, parts)
             for parameter in group['params']
             if any(parameter is p for p in model.backbone.parameters() if p.requires_grad)
         }
-        assert rates == {dict(full=1.0, mine=0.3).get(run.method, 0.1)}, run.method
+        assert rates == {dict(full=0.01, mine=0.3).get(run.method, 0.1)}, run.method
 
 
 def test_images_that_a_fraction_leaves_out_validate(study, parts):

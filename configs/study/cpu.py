@@ -41,9 +41,10 @@ camvid = dict(
     metrics=['mIoU'],
     steps=250,
     lrs=[3e-3, 1e-2, 3e-2],
-    # The head is new and wants ten times the rate of what is in the backbone. Full fine-tuning has
-    # this from the config, as is usual, and every other method from here.
+    # The head is new and wants ten times the rate of what is in the backbone, and a hundred times
+    # where all of the backbone trains (by validation).
     prompt_lr_mult=0.1,
+    full_lr_mult=0.01,
     channels_last=True,
     scenarios=dict(every=16, severities=[3]),
     cfg_options={

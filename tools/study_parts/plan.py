@@ -36,7 +36,7 @@ METHODS: dict[str, dict] = {
 NEEDED = ('config', 'backbone', 'metrics', 'fractions', 'steps')
 OPTIONAL = (
     'few_steps', 'lrs', 'cfg_options', 'channels_last', 'long_tail', 'scenarios', 'prompt_lr_mult',
-    'validate_on_rest',
+    'full_lr_mult', 'validate_on_rest',
 )  # fmt: skip
 """Keys of a task."""
 
@@ -83,7 +83,8 @@ class Study:
     ``few_steps`` (below half of the labels), ``lrs`` of its own, ``cfg_options``,
     ``channels_last`` (the memory of the model's maps), ``long_tail`` (the ratio of
     :class:`protune_mm.datasets.LongTailed`), ``prompt_lr_mult`` (over the rate of the head, that of
-    what a method trains in the backbone; of full fine-tuning the config tells),
+    what a method trains in the backbone), ``full_lr_mult`` (the same for full fine-tuning, of which
+    else the config tells),
     ``validate_on_rest`` (training images that a fraction leaves out validate too, because a few
     hundred choose a rate by chance), and ``scenarios``: ``severities`` of the common corruptions,
     ``shifts`` (transforms that make another domain of the test split, by name), ``attacks`` with
@@ -141,10 +142,9 @@ class Study:
                 f'{where}: validate_on_rest is for data sets without a long tail, and not for '
                 'metrics that read an annotation file'
             )
-        if not task.get('prompt_lr_mult', 1) > 0:
-            raise ValueError(
-                f'{where}: prompt_lr_mult={task["prompt_lr_mult"]} is no factor: use > 0'
-            )
+        for key in ('prompt_lr_mult', 'full_lr_mult'):
+            if not task.get(key, 1) > 0:
+                raise ValueError(f'{where}: {key}={task[key]} is no factor: use > 0')
         for fraction in task['fractions']:
             if not 0 < fraction <= 1:
                 raise ValueError(f'{where}: fraction {fraction} is no part of the labels')
@@ -172,9 +172,10 @@ class Study:
             family = self.options.get(plan['backbone'], {})
             for key, value in (family.get(method) or {}).items():
                 found[key] = {**found.get(key, {}), **value} if isinstance(value, dict) else value
-        # Full fine-tuning has the rule of the config for all of the backbone, head-only nothing.
-        if 'prompt_lr_mult' in plan and found.get('policy') not in ('full', 'head-only'):
-            found.setdefault('prompt_lr_mult', plan['prompt_lr_mult'])
+        policy = found.get('policy')
+        key = {'full': 'full_lr_mult', 'head-only': ''}.get(policy, 'prompt_lr_mult')
+        if key in plan:
+            found.setdefault(key, plan[key])
         return found
 
     def setting(self, run: Run) -> str:
@@ -183,8 +184,8 @@ class Study:
         Results of another setting (other steps, options or defaults of a prompt) are none of this
         study.
         """
-        # The multiplier is among the options of the methods that it concerns.
-        apart = ['fractions', 'lrs', 'prompt_lr_mult']
+        # A multiplier is among the options of the methods that it concerns.
+        apart = ['fractions', 'lrs', 'prompt_lr_mult', 'full_lr_mult']
         if run.fraction == 1:
             apart.append('validate_on_rest')  # There is no rest.
         task = {k: v for k, v in self.tasks[run.task].items() if k not in apart}

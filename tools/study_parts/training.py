@@ -249,6 +249,9 @@ def config_of(study: Study, run: Run, work: str) -> Config:
         rules = cfg.optim_wrapper.get('paramwise_cfg') or {}
         rule = dict(prompt_lr_mult=options.pop('prompt_lr_mult'))
         cfg.optim_wrapper.paramwise_cfg = {**rules, **rule}
+    if 'full_lr_mult' in options:
+        rules = cfg.optim_wrapper.paramwise_cfg.custom_keys
+        rules.backbone = dict(lr_mult=options.pop('full_lr_mult'))
     prompt_warmup = options.pop('prompt_warmup', None)
     for _, backbone in config_backbones(cfg):
         backbone.update(options)
