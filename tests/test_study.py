@@ -140,6 +140,8 @@ def test_bad_input(study, tmp_path, change, more, message):
         ('steps=3,', 'steps=1,', "task 'small': steps=1 leaves no step after the warm-up"),
         ('steps=3,', 'steps=3, stepz=4,', "task 'small' has `stepz`, which is unknown"),
         ('[1.0]', '[1.5]', "task 'small': fraction 1.5 is no part of the labels"),
+        ('steps=3,', 'steps=3, full_lr_mult=0,', "task 'small': full_lr_mult=0 is no factor"),
+        ('steps=3,', 'steps=3, validate_on_rest=True, long_tail=2,', 'without a long tail'),
     ],
 )
 def test_bad_tasks(study, tmp_path, old, new, message):

@@ -132,9 +132,9 @@ options = dict(
     },
 )
 # By the validation split: docs/study/findings.md. A hidden layer is wider in one backbone than in
-# another. Where a task does not say otherwise
-# prompts, biases, norms and last blocks train at the rate of the head, the whole backbone of full
-# fine-tuning, as in the libraries' configs, at a tenth of it.
+# another. Where a task does not say otherwise prompts, biases, norms and last blocks train at the
+# rate of the head, and the whole backbone of full fine-tuning, as in the libraries' configs, at a
+# tenth of it.
 for family, hidden in (('MobileNetV2', 10), ('ResNet-18', 96), ('ViT-S', 48)):
     options.setdefault(family, {})['pro-tuning'] = dict(
         stages='inside',

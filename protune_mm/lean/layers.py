@@ -83,7 +83,7 @@ def without_casts(x: Tensor) -> contextlib.AbstractContextManager:
     """
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype != torch.get_autocast_dtype(kind):
-        return torch.autocast(x.device.type, enabled=False)
+        return torch.autocast(kind, enabled=False)
     return contextlib.nullcontext()
 
 

@@ -52,7 +52,9 @@ def main() -> None:
         for name, stages in NETWORKS.items()
         for channels, stride in stages
     ]
-    rows, fused, chosen = [], [], {}
+    rows = []
+    table_of = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    chosen = table_of.setdefault(torch.cuda.get_device_name(), {})
     for dtype in DTYPES:
         for layout in LAYOUTS:
             rows += [measure(*shape, dtype, layout, copy) for shape in shapes]
@@ -60,11 +62,9 @@ def main() -> None:
             faster = speedup(rows, name, layout) > 1
             chosen[f'{name} {layout}'] = 'triton' if faster else 'torch'
             # After each: a run that is stopped leaves what it has measured.
-            table_of = json.loads(TABLE.read_text()) if TABLE.exists() else {}
-            table_of.setdefault(torch.cuda.get_device_name(), {}).update(chosen)
             TABLE.write_text(json.dumps(table_of, indent=1, sort_keys=True) + '\n')
-            write(args.out, 'ops', rows, table(rows, fused, copy), 'cuda')
-    fused += [
+            write(args.out, 'ops', rows, table(rows, [], copy), 'cuda')
+    fused = [
         measure_fused(channels, *(math.ceil(side / stride) for side in size), dtype, layout)
         for dtype in DTYPES
         for layout in LAYOUTS

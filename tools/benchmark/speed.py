@@ -62,17 +62,17 @@ def main() -> None:
         use_peft(args.peft)
     if args.device == 'cuda':
         ROWS.update(GPU_ROWS, **(AMP_ROWS if args.amp else {}))
+    names = [*BACKBONES, *(SIZES if args.models else ())]
+    for case in args.cases or ():
+        if case not in names:
+            parser.error(f"--cases: '{case}' is unknown: there are {'; '.join(names)}")
+    known = [*backbone_rows(), STOCK_LAST, *INFERENCE]
+    for word in args.rows or ():
+        if not any(word in row for row in known):
+            parser.error(f"--rows: '{word}' is in no row: there are {'; '.join(known)}")
     tests = 'tests/test_lean.py' if args.device == 'cpu' else 'tests/test_lean_gpu.py'
     check_tests(tests, skip=args.skip_tests)
     quiet()
-    names = [*BACKBONES, *(SIZES if args.models else ())]
-    for given, known in (
-        (args.cases, names),
-        (args.rows, [*backbone_rows(), STOCK_LAST, *INFERENCE]),
-    ):
-        for one in given or ():
-            if not any(one == name or (given is args.rows and one in name) for name in known):
-                parser.error(f"'{one}' is unknown: there are {', '.join(known)}")
     out = 'speed' if args.device == 'cpu' else f'speed_{args.device}'
     rows = []
     for name in names:

@@ -41,11 +41,6 @@ OPTIONAL = (
 """Keys of a task."""
 
 
-def has_prompts(options: dict) -> bool:
-    """Whether a method, by what it adds to the line of a backbone, trains prompts."""
-    return options.get('policy', 'prompts') == 'prompts'
-
-
 @dataclass(frozen=True)
 class Run:
     """One training run.
@@ -84,11 +79,10 @@ class Study:
     ``channels_last`` (the memory of the model's maps), ``long_tail`` (the ratio of
     :class:`protune_mm.datasets.LongTailed`), ``prompt_lr_mult`` (over the rate of the head, that of
     what a method trains in the backbone), ``full_lr_mult`` (the same for full fine-tuning, of which
-    else the config tells),
-    ``validate_on_rest`` (training images that a fraction leaves out validate too, because a few
-    hundred choose a rate by chance), and ``scenarios``: ``severities`` of the common corruptions,
-    ``shifts`` (transforms that make another domain of the test split, by name), ``attacks`` with
-    budgets in 255ths, on ``every`` such test image.
+    else the config tells), ``validate_on_rest`` (training images that a fraction leaves out
+    validate too, because a few hundred choose a rate by chance), and ``scenarios``: ``severities``
+    of the common corruptions, ``shifts`` (transforms that make another domain of the test split, by
+    name), ``attacks`` with budgets in 255ths, on ``every`` such test image.
 
     ``options`` (by backbone, then method) and ``variants`` (methods of this file) are what the line
     of the backbone gets, and besides ``prompt_lr_mult`` and ``prompt_warmup``, the part of the
@@ -191,7 +185,7 @@ class Study:
         task = {k: v for k, v in self.tasks[run.task].items() if k not in apart}
         options = self.backbone_options(run.task, run.method)
         plan = dict(task=task, config=self._config(task['config']), options=options)
-        if has_prompts(options):
+        if options.get('policy', 'prompts') == 'prompts':
             prompt = options.get('prompt')
             kind = prompt.get('type') if isinstance(prompt, dict) else None
             plan['prompt'] = str(inspect.signature(PROMPTS.get(kind or 'ProTuningBlock')))

@@ -245,13 +245,13 @@ def config_of(study: Study, run: Run, work: str) -> Config:
     steps = steps_of(task, run)
     cfg = protune_mm.load_config(task['config'], cfg_options=dict(task.get('cfg_options', {})))
     options = study.backbone_options(run.task, run.method)
+    rules = cfg.optim_wrapper.get('paramwise_cfg') or {}
     if 'prompt_lr_mult' in options:
-        rules = cfg.optim_wrapper.get('paramwise_cfg') or {}
-        rule = dict(prompt_lr_mult=options.pop('prompt_lr_mult'))
-        cfg.optim_wrapper.paramwise_cfg = {**rules, **rule}
+        rules['prompt_lr_mult'] = options.pop('prompt_lr_mult')
     if 'full_lr_mult' in options:
-        rules = cfg.optim_wrapper.paramwise_cfg.custom_keys
-        rules.backbone = dict(lr_mult=options.pop('full_lr_mult'))
+        of_backbone = rules.setdefault('custom_keys', {}).setdefault('backbone', {})
+        of_backbone['lr_mult'] = options.pop('full_lr_mult')
+    cfg.optim_wrapper.paramwise_cfg = rules
     prompt_warmup = options.pop('prompt_warmup', None)
     for _, backbone in config_backbones(cfg):
         backbone.update(options)
@@ -279,8 +279,8 @@ def config_of(study: Study, run: Run, work: str) -> Config:
         few = dict(type='protune_mm.FewLabels', fraction=run.fraction, seed=run.seed)
         if task.get('validate_on_rest'):
             val = cfg.val_dataloader
-            unlabelled = {**loader.dataset, 'pipeline': val.dataset.pipeline}
-            rest = dict(few, dataset=unlabelled, rest=True)
+            like_val = {**loader.dataset, 'pipeline': val.dataset.pipeline}
+            rest = dict(few, dataset=like_val, rest=True)
             val.dataset = dict(type='mmengine.ConcatDataset', datasets=[val.dataset, rest])
         loader.dataset = dict(few, dataset=loader.dataset)
     if 'long_tail' in task:
