@@ -138,6 +138,10 @@ class FrozenGuardHook(Hook):
         self._handles = []
 
 
+class DivergedError(RuntimeError):
+    """The loss of a training is infinite or no number."""
+
+
 @HOOKS.register_module()
 class FiniteLossHook(Hook):
     """End a training whose loss is infinite or no number, with one clear error.
@@ -160,7 +164,7 @@ class FiniteLossHook(Hook):
         """Note the loss, and look at those noted every ``interval`` steps.
 
         Raises:
-            RuntimeError: one of them is infinite or no number.
+            DivergedError: one of them is infinite or no number.
         """
         if isinstance(runner.optim_wrapper, AmpOptimWrapper):
             return  # It lowers its loss scale and goes on; the weights are looked at when saved.
@@ -179,7 +183,7 @@ class FiniteLossHook(Hook):
         """Raise if a loss since the last look was no number."""
         bad, self._bad = self._bad, None
         if bad is not None and bool(bad):
-            raise RuntimeError(
+            raise DivergedError(
                 f'the loss became infinite or no number within the last {self.interval} steps '
                 f'before step {runner.iter + 1}: the training has diverged; the checkpoints '
                 f'written before are in {runner.work_dir}; use a lower learning rate'

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
 
 from .features import EXPECTED, Site, unexpected_output
 
@@ -92,6 +93,49 @@ def probe_layers(
     return shapes
 
 
+def probe_reach(
+    module: nn.Module, names: list[str], size: tuple[int, int] = PROBE_SIZE
+) -> set[str]:
+    """Which submodules' outputs have a part in what the backbone returns.
+
+    Args:
+        module: the backbone, unchanged afterwards.
+        names: dotted names of submodules that return a tensor.
+        size: height and width of the image, in pixels. The image has 3 channels.
+
+    Returns:
+        set[str]: dotted names.
+
+    Raises:
+        ValueError: the backbone cannot run on such an image.
+    """
+    added: list[tuple[str, Tensor]] = []
+
+    def add(name: str, out: object) -> object:
+        if not isinstance(out, Tensor):
+            return out
+        added.append((name, torch.zeros((), dtype=out.dtype, requires_grad=True)))
+        return out + added[-1][1]
+
+    handles = [
+        module.get_submodule(name).register_forward_hook(
+            lambda _m, _i, out, name=name: add(name, out)
+        )
+        for name in names
+    ]
+    try:
+        outs = run_on_ghost(module, size, watch=torch.enable_grad())
+    finally:
+        for handle in handles:
+            handle.remove()
+    outs = [out for out in tree_leaves(outs) if isinstance(out, Tensor) and out.requires_grad]
+    if not outs:
+        return set()
+    total = sum(out.sum() for out in outs)
+    grads = torch.autograd.grad(total, [zero for _, zero in added], allow_unused=True)
+    return {name for (name, _), grad in zip(added, grads, strict=True) if grad is not None}
+
+
 def run_on_ghost(
     module: nn.Module,
     size: tuple[int, int] = PROBE_SIZE,
@@ -102,7 +146,8 @@ def run_on_ghost(
     Args:
         module: the backbone, unchanged afterwards.
         size: height and width of the image, in pixels. The image has 3 channels.
-        watch: a context to run it in, such as a dispatch mode.
+        watch: a context to run it in, such as a dispatch mode. There are no gradients unless it
+            enables them.
 
     Returns:
         What the backbone returns, of fake tensors.

@@ -6,6 +6,7 @@ need no ``custom_imports``.
 
 from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
+from mmengine.registry import LOOPS as MMENGINE_LOOPS
 from mmengine.registry import METRICS as MMENGINE_METRICS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_CONSTRUCTORS
@@ -38,6 +39,9 @@ HOOKS = Registry(
         'protune_mm.sharded',
         'protune_mm.show',
     ],
+)
+LOOPS = Registry(
+    'loop', parent=MMENGINE_LOOPS, scope='protune_mm', locations=['protune_mm.robustness']
 )
 METRICS = Registry(
     'metric', parent=MMENGINE_METRICS, scope='protune_mm', locations=['protune_mm.robustness']

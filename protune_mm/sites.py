@@ -8,6 +8,7 @@ import logging
 from dataclasses import replace
 
 import torch
+from mmcv.cnn.bricks.conv2d_adaptive_padding import Conv2dAdaptivePadding
 from mmengine.logging import print_log
 from torch import nn
 
@@ -26,7 +27,7 @@ from .features import (
 )
 from .frozen import Options, PromptedBlock
 from .inside import inside_sites
-from .probe import PROBE_SIZE, probe_channels, probe_layers
+from .probe import PROBE_SIZE, probe_channels, probe_layers, probe_reach
 from .prompt_config import AFFINE, own_options, prompt_class, prompt_config, refuse_after_stages
 from .prompts.scale_shift import ScaleShift
 from .stages import Family, Stage, find_family, is_theirs, known_families
@@ -194,17 +195,24 @@ def _layer_sites(
             found = dict.fromkeys(kind.layers(module))
         return _norm_sites(module, list(found), native, name)
     shapes = probe_layers(module, list(found), native) if found else {}
-    sites = []
+    sites, without = [], []
     for path, (given, returned) in shapes.items():
         layer, block = module.get_submodule(path), module.get_submodule(found[path])
         layout, extra = _layer_layout(module, family, block, layer, given)
         axis = 1 if isinstance(layout, Maps) else -1
+        height = {Maps: 2, LastMaps: 1}.get(type(layout))
+        grows = height is not None and returned[height] > given[height]
+        # Class attention computes on the class token alone; no stride makes a map larger.
+        if grows or (extra and given[1] <= extra):
+            without.append(path)
+            continue
         geometry = dict(out_channels=returned[axis])
         if isinstance(layer, nn.Conv2d):
             names = ('kernel_size', 'stride', 'padding', 'dilation')
             geometry |= {key: getattr(layer, key) for key in names}
-        elif isinstance(layout, Maps | LastMaps):
-            height = 2 if isinstance(layout, Maps) else 1
+            if isinstance(layer, Conv2dAdaptivePadding):
+                geometry['conv_type'] = Conv2dAdaptivePadding
+        elif height is not None:
             geometry['stride'] = -(-given[height] // returned[height])
         sites.append(
             Site(
@@ -221,19 +229,25 @@ def _layer_sites(
         raise ValueError(
             f"prompt.type='{name}' finds no layer in the blocks of {type(module).__name__}"
         )
+    if without:
+        print_log(
+            f"prompt.type='{name}': none beside {', '.join(without)} of {type(module).__name__}: "
+            'it enlarges its map, or computes on class tokens alone',
+            logger='current',
+        )
     return sites
 
 
 def _norm_sites(module: nn.Module, paths: list[str], native: tuple, name: str) -> list[Site]:
-    """Where prompts go that read what a norm returns; a norm that never runs has none."""
+    """Where prompts go that read what a norm returns, if the backbone's output depends on it."""
     if not paths:
         raise ValueError(
             f"prompt.type='{name}' finds no norm in the blocks of {type(module).__name__}"
         )
     try:
-        runs = probe_layers(module, paths, native)
+        reached = probe_reach(module, paths, native)
     except ValueError:  # It takes other images only.
-        runs = paths
+        reached = paths
     return [
         Site(
             name=path,
@@ -242,7 +256,7 @@ def _norm_sites(module: nn.Module, paths: list[str], native: tuple, name: str) -
             layout=NormOutput(first=not isinstance(module.get_submodule(path), nn.LayerNorm)),
         )
         for path in paths
-        if path in runs
+        if path in reached
     ]
 
 

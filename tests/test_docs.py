@@ -45,6 +45,19 @@ def test_the_prompt_of_the_document_works():
         PROMPTS._module_dict.pop('ChannelPrompt')
 
 
+@pytest.mark.parametrize('document', ['add_a_prompt.md', 'add_a_backbone.md'])
+def test_the_diff_of_the_document_fits(document):
+    """What a diff leaves or takes away is in the file, line by line."""
+    text = (ROOT / 'docs' / document).read_text()
+    hunks = 0
+    for name, hunk in re.findall(r'^\+\+\+ b/(\S+)\n@@.*\n((?:(?!--- )[ +-].*\n|\n)*)', text, re.M):
+        old = [line[1:] for line in hunk.split('\n') if line[:1] in (' ', '-')]
+        if old:
+            hunks += 1
+            assert '\n'.join(old) in (ROOT / name).read_text(), name
+    assert hunks
+
+
 def test_the_backbone_row_of_the_document_works(monkeypatch):
     code = added('add_a_backbone.md', 'MAPS: tuple[Family, ...] = (', "'ResNet',")
     scope = dict(vars(maps))

@@ -53,6 +53,17 @@ def test_without_a_result_for_failures_they_are_tried_again(results, capsys):
     assert '[2/2, 0 min left]' in capsys.readouterr().out
 
 
+def test_a_broken_line_in_the_middle_is_told(results):
+    run = results()
+    run.work(job, ['good a', 'good b'])
+    first, second = run.path.read_text().splitlines()
+    text = f'{first[:-10]}\n{second}\n'
+    run.path.write_text(text)
+    with pytest.raises(ValueError, match=r'line 1, is no JSON .*remove the line'):
+        results()
+    assert run.path.read_text() == text
+
+
 def test_a_line_that_was_cut_off_is_done_again(results, capsys):
     run = results()
     run.work(job, ['good a', 'good b'])

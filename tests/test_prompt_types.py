@@ -226,6 +226,44 @@ def test_affine_adds_scales_and_shifts_to_the_prompts(library, family):
     assert all(p.grad is not None for p in protune_mm.tuned_parameters(tuned).values())
 
 
+NO_LAYER = [
+    (library, name, 'LoRA')
+    for library, name in (('mmdet', 'SSDVGG'), ('mmpretrain', 'ConvMixer'), ('mmseg', 'CGNet'))
+]
+"""Their blocks are the norms and activations at the end of their stages."""
+
+
+@pytest.mark.parametrize('kind', ['ConvAdapter', 'LoRA'])
+@pytest.mark.parametrize(('library', 'family'), EVERY)
+def test_beside_the_layers_of_every_backbone(library, family, kind):
+    """They have the stride, padding and kernel of the layer beside which they run."""
+    with DefaultScope.overwrite_default_scope(library):
+        stock = build_stock(library, family)
+        try:
+            expected = flat(stock(image()))
+        except (RuntimeError, AssertionError, AttributeError):
+            pytest.skip('it takes images of one size only')
+        if (library, family.name, kind) in NO_LAYER:
+            with pytest.raises(ValueError, match='finds no layer'):
+                protune_mm.protune(stock, prompt=prompt_config(kind))
+            return
+        tuned = protune_mm.protune(stock, prompt=prompt_config(kind), lean=False).eval()
+    assert prompts(tuned)
+    for a, b in zip(expected, flat(tuned(image())), strict=True):
+        assert (a - b).abs().max() <= 1e-5 * a.abs().max()  # float32
+
+
+def test_affine_leaves_out_norms_that_the_neck_does_not_see():
+    """The last convolution of MobileNetV2, where the outputs are those of its stages."""
+    library, family = next(p.values for p in EXAMPLES if p.id == 'mmpretrain-MobileNetV2')
+    with DefaultScope.overwrite_default_scope(library):
+        tuned = build_protuned(library, family, affine=True, out_indices=(1, 2, 4, 6)).train()
+    sum(o.square().mean() for o in flat(tuned(image()))).backward()
+    own = protune_mm.tuned_parameters(tuned)
+    assert 'conv1.bn.prompt.scale' in own
+    assert not [name for name, parameter in own.items() if parameter.grad is None]
+
+
 NO_NORM = ('LeNet5', 'VGG', 'SSDVGG', 'AlexNet', 'HorNet')
 """Families whose examples have no norm, or none but of a class of their own."""
 

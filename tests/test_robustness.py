@@ -174,8 +174,27 @@ def test_bad_attacks(classifier, arguments, message):
 
 def test_autoattack_wants_four_classes(classifier):
     classifier.head.num_classes = 3
-    with pytest.raises(ValueError, match='autoattack needs at least 4 classes; the model has 3'):
+    with pytest.raises(ValueError, match='autoattack needs at least 4 classes; there are 3'):
         robust_accuracy(classifier, [], 'autoattack', [0])
+
+
+def test_only_the_classes_of_a_map_are_answers(classifier):
+    """As in :class:`MappedAccuracy`: an image counts where the best of them is the right one."""
+    answers, right, total, told = [1, 3], 0, 0, []
+    for batch in batches(classifier, 6):
+        pixels = torch.stack(batch['inputs']).float() / 255
+        with torch.no_grad():
+            best = PixelModel(classifier)(pixels)[:, answers].argmax(1)
+        for i, sample in enumerate(batch['data_samples']):
+            sample.set_gt_label(answers[i % 2])
+            right, total = right + int(best[i] == i % 2), total + 1
+        told.append(batch)
+    assert 0 < right < total
+    found = robust_accuracy(classifier, told, 'fgsm', [0, 0.1], answers)
+    assert found[0] == 100 * right / total
+    assert found[0.1] <= found[0]
+    with pytest.raises(ValueError, match='autoattack needs at least 4 classes; there are 2'):
+        robust_accuracy(classifier, told, 'autoattack', [0], answers)
 
 
 def test_attacks_are_for_classifiers():
@@ -300,6 +319,19 @@ def test_the_tool_on_a_classifier(trained_cls, tmp_path):
     assert found['fgsm, 2/255'] <= found['fgsm, 0/255']
     again = run_tool('tools/test_robustness.py', *common, *FEW, *attack)
     assert 'fog 1:' not in again.stdout, 'what is there is not computed again'
+    # Attacks that are asked for later are on the same weights.
+    later = (*common[:-1], tmp_path / 'later.json', '--no-corruptions')
+    run_tool('tools/test_robustness.py', *later)
+    run_tool('tools/test_robustness.py', *later, *attack)
+    second = json.loads((tmp_path / 'later.json').read_text())['scores']
+    assert {k: v for k, v in found.items() if 'fgsm' in k or k == 'clean'} == second
+    other = run_tool(
+        'tools/test_robustness.py', *common, '--cfg-options', 'train_cfg.max_epochs=7', check=False
+    )
+    assert "robust.json has the scores of options None, not of {'train_cfg.max_epochs': 7}" in (
+        other.stderr
+    )
+    assert json.loads(out.read_text())['scores'] == found, 'nothing is lost'
     wrong = run_tool(
         'tools/test_robustness.py', *common[:3], 'accuracy', *common[4:6], *FEW, check=False
     )

@@ -27,7 +27,11 @@ options = dict(ResNet=dict(lora=dict(prompt=dict(rank=1))))
 @pytest.fixture
 def study(tmp_path, pictures):
     config = tmp_path / 'classifier.py'
-    config.write_text(CLS.format(root=str(pictures / 'classes')))
+    text = CLS.format(root=str(pictures / 'classes'))
+    own = 'test_dataloader = dict(val_dataloader, dataset=dict(dataset, indices=[0, 1, 4, 5]))'
+    config.write_text(text.replace('test_dataloader = val_dataloader', own))
+    # What a stock config without a test split has.
+    (tmp_path / 'one_split.py').write_text(text)
 
     def write(methods=('lora', 'full'), other=1e-2, fractions=(1.0,), **change):
         text = STUDY.format(
@@ -86,6 +90,34 @@ def test_a_study_runs_and_goes_on_where_it_was(study, tmp_path):
     assert {k: new[k] for k in KEYS - {'wall_s'}} == {k: last[k] for k in KEYS - {'wall_s'}}
 
 
+@pytest.mark.parametrize(
+    ('weight', 'error', 'diverged'),
+    [(float('nan'), None, True), (float('nan'), KeyError, True), (0.0, KeyError, False)],
+)
+def test_weights_that_are_no_numbers_are_a_divergence(
+    study, parts, monkeypatch, weight, error, diverged
+):
+    """After the last step, too, and where something else fails because of them."""
+
+    def break_it(hook, runner, *args, **kwargs):
+        if runner.iter == 2:
+            next(p for p in runner.model.parameters() if p.requires_grad).data[0] = weight
+            if error:
+                raise error('a mistake')
+
+    training = parts['training']
+    monkeypatch.setattr(training.logging, 'disable', lambda level: None)
+    monkeypatch.setattr(training.StopWhenDiverged, 'after_train_iter', break_it)
+    file = str(study())
+    if not diverged:
+        with pytest.raises(KeyError, match='a mistake'):
+            training.train(file, 'small lora 1 0.001 0')
+        return
+    done = training.train(file, 'small lora 1 0.001 0')
+    assert done['status'] == 'diverged'
+    assert (done['lines'][0]['diverged'], done['lines'][0]['score']) == (True, 0.0)
+
+
 def test_one_run_by_its_command(study, tmp_path):
     file = study(fractions=(0.5,))
     done = run_tool('tools/study.py', file, '--run', 'small pro-tuning 0.5 0.001 0')
@@ -123,6 +155,14 @@ def test_scenarios(study):
         (dict(seeds='sets'), (), 'has no `seeds`'),
         (dict(classifier='clasifier'), (), "task 'small' has no config"),
         (dict(), ('--method', 'mona'), '--method mona: '),
+        (dict(classifier='one_split'), (), "task 'small' validates on its test images: give"),
+        (dict(), ('--run', 'small lora'), "'small lora' names no run: use"),
+        (dict(), ('--run', 'small lorra 1 0.1 0'), 'has the tasks small; methods are full,'),
+        (
+            {'options = dict(ResNet': 'variants = dict(lora'},
+            (),
+            "variant 'lora' has the name of a method",
+        ),
     ],
 )
 def test_bad_input(study, tmp_path, change, more, message):
@@ -141,6 +181,15 @@ def test_bad_input(study, tmp_path, change, more, message):
         ('steps=3,', 'steps=3, stepz=4,', "task 'small' has `stepz`, which is unknown"),
         ('[1.0]', '[1.5]', "task 'small': fraction 1.5 is no part of the labels"),
         ('steps=3,', 'steps=3, full_lr_mult=0,', "task 'small': full_lr_mult=0 is no factor"),
+        ('steps=3,', "steps=3, methods=['lorra'],", "task 'small': method 'lorra' is unknown"),
+        ('steps=3,', 'steps=3, scenarios=dict(severity=[3]),', 'scenarios.severity is unknown'),
+        ('steps=3,', 'steps=3, scenarios=dict(severities=[6]),', 'severities has 6: use 1 to 5'),
+        ('steps=3,', 'steps=3, scenarios=dict(attacks=dict(pgm=[1])),', "'pgm' is unknown"),
+        (
+            "metrics=['accuracy/top1']",
+            "metrics=['mIoU'], scenarios=dict(attacks=dict(pgd=[1]))",
+            'attacks are for classifiers; mIoU is no accuracy',
+        ),
         ('steps=3,', 'steps=3, validate_on_rest=True, long_tail=2,', 'without a long tail'),
     ],
 )
@@ -262,7 +311,7 @@ def test_the_verdict(parts):
         '| t, 100%, m | 70.50 | -0.50 ± 0.00 **no** | +0.50 ± 0.00 **no** | +2.00 ± 0.50 yes '
         '| lora | 5.0% yes |'
     )
-    assert 'Mean over these places, ahead of full fine-tuning: -0.50.' in text
+    assert text[-2].endswith('by the first metric of each: -0.50; over all these places: -0.50.')
     # The best rival may be one that has not been run.
     told = parts['report'].verdict(parts['report'].cells(Plan, lines), ['full', 'mona', 'lorand'])
     assert '(2 methods not run)' in '\n'.join(told)

@@ -6,6 +6,7 @@ import cv2
 import mat4py
 import numpy as np
 import pytest
+from mmengine.evaluator import Evaluator
 from mmengine.registry import DATASETS, DefaultScope
 
 from protune_mm import load_config
@@ -93,6 +94,28 @@ def aircraft(root):
             jpg(root / 'data/images' / f'{name}.jpg')
 
 
+def cars(root):
+    folders = dict(train='cars_train_annos', test='cars_test_annos_withlabels')
+    (root / 'devkit').mkdir(parents=True)
+    for split, annotations in folders.items():
+        names = [f'{i:05d}.jpg' for i in range(2 * PER_CLASS)]
+        kinds = [1 + i % 2 for i in range(2 * PER_CLASS)]
+        found = dict(annotations={'fname': names, 'class': kinds})
+        mat4py.savemat(str(root / f'devkit/{annotations}.mat'), found)
+        for name in names:
+            jpg(root / f'cars_{split}' / name)
+
+
+def cub(root):
+    count = 4 * PER_CLASS
+    names = [f'{"ab"[i % 2]}/{i}.jpg' for i in range(count)]
+    text(root / 'images.txt', [f'{i + 1} {name}' for i, name in enumerate(names)])
+    text(root / 'image_class_labels.txt', [f'{i + 1} {1 + i % 2}' for i in range(count)])
+    text(root / 'train_test_split.txt', [f'{i + 1} {int(i < count // 2)}' for i in range(count)])
+    for name in names:
+        jpg(root / 'images' / name)
+
+
 def cifar(root, folder, train, test, key):
     (root / folder).mkdir(parents=True)
     for name in (*train, *test):
@@ -118,6 +141,8 @@ MAKERS = {
     'sun397': (sun397, 'SUN397'),
     'flowers102': (flowers102, 'Flowers102'),
     'dtd': (dtd, 'dtd'),
+    'cars': (cars, 'Stanford_Cars'),
+    'cub': (cub, 'CUB_200_2011'),
     'aircraft': (aircraft, 'fgvc-aircraft-2013b'),
     'cifar10': (cifar10, 'cifar10'),
     'cifar100': (cifar100, 'cifar100'),
@@ -125,15 +150,24 @@ MAKERS = {
 """Name of a set to what makes one like it, and its folder below data/."""
 
 
+def set_of(name):
+    """The set of a config, also of its versions with a long tail."""
+    return name.removeprefix('resnet50_protune_').partition('-lt')[0]
+
+
 @pytest.mark.parametrize('name', CONFIGS)
 def test_reads_its_layout_and_validates_on_no_test_image(name, tmp_path, monkeypatch):
     cfg = load_config(f'configs/transfer/{name}.py')
-    make, folder = MAKERS[name.removeprefix('resnet50_protune_').removesuffix('-lt')]
+    make, folder = MAKERS[set_of(name)]
     make(tmp_path / 'data' / folder)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr('mmpretrain.datasets.cifar.check_md5', lambda *_: True)
-    if name.endswith('-lt'):
-        cfg.train_dataloader.dataset.ratio = 2  # Two classes have no place between 1 and 100.
+    tail = '-lt' in name
+    if tail:
+        assert cfg.train_dataloader.dataset.ratio == int(name.partition('-lt')[2] or 100)
+        assert cfg.test_evaluator[1].dataset == cfg.train_dataloader.dataset
+        for part in (cfg.train_dataloader, cfg.test_evaluator[1]):
+            part.dataset.ratio = 2  # Two classes have no place between 1 and 100.
     seen = {}
     with DefaultScope.overwrite_default_scope('mmpretrain'):
         for split in ('train', 'val', 'test'):
@@ -148,10 +182,12 @@ def test_reads_its_layout_and_validates_on_no_test_image(name, tmp_path, monkeyp
             classes = len(dataset.metainfo.get('classes', range(102)))
             assert cfg.model.head.num_classes == cfg.data_preprocessor.num_classes == classes
             assert len(seen[split]) == len(dataset) > 0
+        evaluator = Evaluator(cfg.test_evaluator)
+        if tail:
+            assert sum(evaluator.metrics[1].counts.values()) == len(seen['train'])
     assert not seen['train'] & seen['val']
     assert not (seen['train'] | seen['val']) & seen['test']
 
 
 def test_every_config_is_tried():
-    tried = {name.removeprefix('resnet50_protune_').removesuffix('-lt') for name in CONFIGS}
-    assert tried == set(MAKERS)
+    assert {set_of(name) for name in CONFIGS} == set(MAKERS)

@@ -47,7 +47,16 @@ class Results:
             part = self.path.with_suffix('.part')
             part.write_text(whole)
             part.replace(self.path)
-        return [json.loads(line) for line in whole.splitlines()]
+        lines = []
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f'{self.path}, line {number}, is no JSON ({error}): remove the line, and what '
+                    'it held is run again'
+                ) from error
+        return lines
 
     def from_lines(self, lines: list[dict]) -> dict[str, dict]:
         """Key to result, from what the file holds."""
@@ -130,9 +139,13 @@ class Progress:
 
 
 def start_worker() -> None:
-    """One thread a process, no messages of the stack, and an end with the process it works for."""
+    """One thread and one GPU a process, no messages, and an end with the process it works for."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+    if torch.cuda.device_count() > 1:
+        # Processes of a pool are numbered from 1 on, over all pools.
+        number = multiprocessing.current_process()._identity[0]
+        torch.cuda.set_device(number % torch.cuda.device_count())
     logging.disable(logging.WARNING)
     warnings.simplefilter('ignore')
 

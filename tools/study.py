@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 from jobs import Results
-from study_parts.plan import Study
+from study_parts.plan import METHODS, Run, Study
 from study_parts.report import write_report
 from study_parts.training import train
 
@@ -41,17 +41,25 @@ def main() -> None:
     parser.add_argument(
         '--jobs',
         type=int,
-        default=1 if torch.cuda.is_available() else os.cpu_count(),
-        help='runs side by side; default: cores, or 1 on a GPU',
+        default=torch.cuda.device_count() or len(os.sched_getaffinity(0)),
+        help='runs side by side; default: one on each GPU, or on each core where there is none',
     )
     parser.add_argument('--out', default='docs/study', help='folder of results, tables and plots')
     parser.add_argument('--results', default='results.jsonl', help='name of the file in it')
     args = parser.parse_args()
     try:
         study = Study(args.study)
+        study.check_splits()
+        one = args.run and Run.of(args.run)
     except ValueError as error:
         parser.error(str(error))
-    if args.run:
+    known = {**METHODS, **study.variants}
+    if one and (one.task not in study.tasks or one.method not in known):
+        parser.error(
+            f'--run "{args.run}": {args.study} has the tasks {", ".join(study.tasks)}; methods are '
+            f'{", ".join(known)}'
+        )
+    if one:
         for line in train(args.study, args.run)['lines']:
             print(json.dumps(line))
         return
@@ -60,7 +68,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name, chosen, known in (
         ('task', args.task, study.tasks),
-        ('method', args.method, study.methods),
+        ('method', args.method, dict.fromkeys(run.method for run in study.runs())),
     ):
         for one in chosen or ():
             if one not in known:

@@ -22,9 +22,10 @@ from protune_mm import cli
 from protune_mm.robustness import (
     ATTACKS,
     CORRUPTIONS,
+    AttackLoop,
+    Corrupt,
     check_attack,
     corrupted,
-    robust_accuracy,
     summary,
 )
 
@@ -49,12 +50,14 @@ def main() -> None:
     parser.add_argument('--out', help='JSON file of the scores')
     cfg, args = cli.parse(parser)
     cfg.load_from = args.checkpoint
+    scores = Scores(args)
     runner = cli.build_runner(cfg)
+    # What cannot be done is told before the first test.
     for attack in args.attacks:
         check_attack(runner.model, attack, args.budgets)
     if not args.no_corruptions:
         corrupted(cfg.test_dataloader, args.corruptions[0], 0)
-    scores = Scores(args)
+        Corrupt(args.corruptions[0], 1)
 
     def test(dataloader: dict) -> float:
         runner._test_loop = TestLoop(
@@ -79,24 +82,22 @@ def main() -> None:
         # Accuracy and mIoU go to 100 in these libraries, average precision to 1.
         scores.note(summary(clean, found, per_cent='mAP' not in args.metric))
     for attack in args.attacks:
-        loader = runner.build_dataloader(cfg.test_dataloader)
-        budgets = [budget / 255 for budget in args.budgets]
-        result = scores.once(
-            f'{attack} {" ".join(map(str, args.budgets))}',
-            lambda loader=loader, attack=attack, budgets=budgets: list(
-                robust_accuracy(runner.model, loader, attack, budgets).values()
-            ),
-        )
-        for budget, value in zip(args.budgets, result, strict=True):
-            scores.note({f'{attack}, {budget:g}/255': value})
+        names = [f'{attack}, {budget:g}/255' for budget in args.budgets]
+        if not set(names) <= set(scores.known):
+            loader = runner.build_dataloader(cfg.test_dataloader)
+            budgets = [budget / 255 for budget in args.budgets]
+            runner._test_loop = AttackLoop(runner, loader, attack, budgets)
+            scores.note(runner.test())
 
 
 class Scores:
     """Scores so far, written as soon as they are there.
 
     Args:
-        args: of the tool; scores of another config, option, checkpoint or metric are not gone
-            on with.
+        args: of the tool.
+
+    Raises:
+        ValueError: the file has scores of another config, option, checkpoint or metric.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -111,8 +112,13 @@ class Scores:
         self.known: dict = {}
         if self.file and self.file.exists():
             before = json.loads(self.file.read_text())
-            if before['about'] == self.about:
-                self.known = before['scores']
+            for key, value in self.about.items():
+                if before['about'].get(key) != value:
+                    raise ValueError(
+                        f'{self.file} has the scores of {key} {before["about"].get(key)}, not of '
+                        f'{value}: name another file'
+                    )
+            self.known = before['scores']
 
     def once(self, name: str, compute: object) -> object:
         """A score that is there, or computed now."""

@@ -3,26 +3,6 @@
 #     python tools/study.py configs/study/ablation.py --results ablations.jsonl
 _base_ = ['./cpu.py']
 
-lrs = [3e-4, 1e-3, 3e-3, 1e-2]
-tasks = {
-    '_delete_': True,
-    'flowers5': dict(_base_.tasks.flowers5, fractions=[0.05], few_steps=150, lrs=lrs),
-    # Three times the images to choose by: the noise of 346 was as large as the differences. A quarter
-    # of what is left are as many images as 20 % above, a sixteenth as many as 5 %.
-    'flowers5-more-validation': dict(
-        _base_.tasks.flowers5,
-        fractions=[0.257, 0.064],
-        few_steps=150,
-        lrs=lrs,
-        cfg_options={
-            **_base_.flowers5.cfg_options,
-            'train_dataloader.dataset.indices': [i for i in range(3457) if i % 10 > 2],
-            'val_dataloader.dataset.indices': [i for i in range(3457) if i % 10 <= 2],
-            # No test score is shown here: a few images will do.
-            'test_dataloader.dataset.indices': list(range(0, 863, 50)),
-        },
-    ),
-}
 relu = dict(type='ReLU')
 gn = dict(type='GN', num_groups=1)
 norm = dict(hidden=48, norm_cfg=gn)
@@ -36,7 +16,7 @@ variants = {
     'blocks': dict(stages='blocks'),
     'blocks-hidden48': dict(stages='blocks', prompt=dict(hidden=48)),
     'blocks-hidden48-fan-in': dict(stages='blocks', prompt=dict(hidden=48, init_mode='fan_in')),
-    'norm': dict(stages='blocks', prompt=norm),
+    'norm-gelu': dict(stages='blocks', prompt=norm),
     'norm-linear': dict(stages='blocks', prompt=dict(norm, act_cfg=None)),
     'norm-relu': dict(stages='blocks', prompt=dict(norm, act_cfg=relu)),
     'norm-kernel3': dict(stages='blocks', prompt=dict(norm, kernel_size=3)),
@@ -91,5 +71,38 @@ variants = {
     'stages-plain': dict(prompt=dict(features='plain')),
     'adapter-64': dict(prompt=dict(type='Adapter', hidden=64)),
 }
-# The two ends, to see how far the block has come.
-methods = ['full', 'head-only', *variants]
+ends = ['full', 'head-only']  # To see how far the block has come.
+# What has inputs of several stages is where it makes a difference what the neck receives.
+with_neck = ['stages', 'stages-plain']
+first = [
+    'stages', 'stages-norm', 'stages-paper', 'stages-ratio2', 'late-stages', 'blocks',
+    'blocks-hidden48', 'blocks-hidden48-fan-in', 'norm-gelu', 'norm-linear', 'norm-relu',
+    'norm-kernel3', 'norm-kernel7', 'norm-dense', 'norm-scale', 'norm-random', 'norm-rate0.3',
+]  # fmt: skip
+methods = [*ends, *(name for name in variants if name not in {*with_neck, *first}), *first]
+
+flowers5 = _base_.tasks.flowers5
+fruit = {key: value for key, value in _base_.tasks.fruit.items() if key != 'scenarios'}
+tasks = {
+    '_delete_': True,
+    'flowers5': dict(
+        flowers5, fractions=[0.05], few_steps=150, lrs=[3e-4, 1e-3, 3e-3, 1e-2], methods=first
+    ),
+    # Three times the images to choose by: the noise of 346 was as large as the differences. A quarter
+    # of what is left are as many images as 20 % above.
+    'flowers5-more-validation': dict(
+        flowers5,
+        fractions=[0.257],
+        few_steps=150,
+        lrs=[3e-4, 1e-3, 3e-3],
+        methods=[*ends, 'norm-gelu', 'blocks-hidden48', *methods[2 : -len(first)]],
+        cfg_options={
+            **_base_.flowers5.cfg_options,
+            'train_dataloader.dataset.indices': [i for i in range(3457) if i % 10 > 2],
+            'val_dataloader.dataset.indices': [i for i in range(3457) if i % 10 <= 2],
+            # No test score is shown here: a few images will do.
+            'test_dataloader.dataset.indices': list(range(0, 863, 50)),
+        },
+    ),
+    'fruit': dict(fruit, fractions=[1.0], methods=with_neck),
+}

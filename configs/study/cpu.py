@@ -31,9 +31,15 @@ fruit = dict(
     backbone='MobileNetV2',
     metrics=['coco/bbox_mAP'],
     steps=400,
-    lrs=[1e-3, 2e-3, 4e-3],
-    scenarios=dict(every=4, severities=[3]),
-    cfg_options={'train_dataloader.batch_size': 4},
+    lrs=[5e-4, 1e-3, 2e-3],
+    channels_last=True,
+    scenarios=dict(every=3, severities=[3]),
+    cfg_options={
+        'train_dataloader.batch_size': 4,
+        'train_dataloader.dataset.pipeline.2.scale': (160, 160),
+        'val_dataloader.dataset.pipeline.1.scale': (160, 160),
+        'test_dataloader.dataset.pipeline.1.scale': (160, 160),
+    },
 )
 camvid = dict(
     config='configs/small/fcn_protune_mobilenetv2_camvid.py',

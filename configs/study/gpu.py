@@ -1,5 +1,5 @@
 # The study of cpu.py, longer, at the size the weights were made for: for one GPU.
-#     python tools/study.py configs/study/gpu.py --out work_dirs/study_gpu --jobs 2
+#     python tools/study.py configs/study/gpu.py --out work_dirs/study_gpu
 _base_ = ['./cpu.py']
 
 seeds = [0, 1, 2, 3, 4]
@@ -21,7 +21,7 @@ longer = dict(
     cfg_options={'train_dataloader.batch_size': 8, 'train_dataloader.num_workers': 4},
 )
 # Images of the size of the config, not of the study for CPUs.
-segment = dict(longer, cfg_options=dict(longer['cfg_options'], _delete_=True))
+own_size = dict(longer, cfg_options=dict(longer['cfg_options'], _delete_=True))
 tasks = {
     'flowers5': dict(classify, fractions=[0.02, 0.05, 0.1, 0.2, 1.0]),
     'flowers5-robust': dict(
@@ -33,10 +33,10 @@ tasks = {
         ),
     ),
     'flowers5-long-tailed': dict(classify),
-    'camvid': dict(segment, fractions=[1.0, 0.2, 0.05]),
-    'fruit': dict(longer, fractions=[1.0, 0.25]),
+    'camvid': dict(own_size, fractions=[1.0, 0.2, 0.05]),
+    'fruit': dict(own_size, fractions=[1.0, 0.25]),
     'flowers5-vit': dict(classify, fractions=[0.05, 0.2, 1.0]),
-    'camvid-r18': dict(segment, fractions=[1.0, 0.2]),
-    'bccd': dict(longer, fractions=[1.0, 0.25]),
+    'camvid-r18': dict(own_size, fractions=[1.0, 0.2]),
+    'bccd': dict(own_size, fractions=[1.0, 0.25]),
     'camvid-instances': dict(longer),
 }

@@ -51,10 +51,16 @@ def feedforward(block: nn.Module) -> list[str]:
     return list(outermost(block, lambda name, _: name in FEEDFORWARD)) or ['']
 
 
-def outermost(block: nn.Module, wanted: object, prefix: str = '') -> Iterator[str]:
-    """Dotted names of the modules that are wanted, none inside another."""
+def outermost(block: nn.Module, wanted: object, path: str = '') -> Iterator[str]:
+    """Dotted names of the modules that are wanted, none inside another; '' is the block itself.
+
+    Args:
+        block: where to look.
+        wanted: takes the own name of a module and the module, and says whether it is.
+        path: dotted name of ``block``. Default: it is what names are relative to.
+    """
+    if wanted(path.rpartition('.')[2], block):
+        yield path
+        return
     for name, child in block.named_children():
-        if wanted(name, child):
-            yield prefix + name
-        else:
-            yield from outermost(child, wanted, f'{prefix}{name}.')
+        yield from outermost(child, wanted, f'{path}.{name}'.lstrip('.'))

@@ -28,6 +28,7 @@ class ConvAdapter(Prompt):
         kernel_size: of that layer. Default 3.
         padding: of that layer. Default half the kernel.
         dilation: of that layer. Default 1.
+        conv_type: of that layer, which may pad in a way of its own. Default ``nn.Conv2d``.
         ratio: input channels over hidden ones. Default 4.
         beside: ``'convolution'``, or ``'block'``: the paper's residual form.
         zero_init: start ``up`` at zero. Default True.
@@ -48,6 +49,7 @@ class ConvAdapter(Prompt):
         kernel_size: int | tuple = 3,
         padding: int | tuple | None = None,
         dilation: int | tuple = 1,
+        conv_type: type[nn.Conv2d] = nn.Conv2d,
         ratio: float = 4,
         beside: str = 'convolution',
         zero_init: bool = True,
@@ -62,7 +64,7 @@ class ConvAdapter(Prompt):
         if padding is None:
             padding = kernel_size // 2
         geometry = dict(stride=stride, padding=padding, dilation=dilation)
-        self.down = nn.Conv2d(channels, hidden, kernel_size, groups=hidden, **geometry)
+        self.down = conv_type(channels, hidden, kernel_size, groups=hidden, **geometry)
         self.act = nn.ReLU()
         self.up = nn.Conv2d(hidden, out_channels, 1)
         self.alpha = nn.Parameter(torch.ones(out_channels, 1, 1))

@@ -6,6 +6,7 @@ import logging
 import math
 
 import torch
+from mmcv.cnn import ConvAWS2d, ConvWS2d
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
@@ -28,10 +29,11 @@ class LoRA(Prompt):
         kernel_size: of the layer. Default 1, a linear layer.
         padding: of the layer. Default 0.
         dilation: of the layer. Default 1.
+        conv_type: of the layer, which may pad in a way of its own. Default ``nn.Conv2d``.
         rank: channels between the two. Default 8.
         alpha: numerator of the factor. Default ``rank``, a factor of 1.
         layers: names of the layers that have one, such as ``('qkv',)``. Default: every linear
-            layer and every convolution without groups.
+            layer and every convolution without groups or standardized weights.
         zero_init: start ``up`` at zero. Default True, the paper's.
 
     Shape: ``(B, channels, H, W) -> (B, out_channels, H / stride, W / stride)``.
@@ -48,6 +50,7 @@ class LoRA(Prompt):
         kernel_size: int | tuple = 1,
         padding: int | tuple = 0,
         dilation: int | tuple = 1,
+        conv_type: type[nn.Conv2d] = nn.Conv2d,
         rank: int = 8,
         alpha: float | None = None,
         layers: tuple[str, ...] = (),
@@ -57,7 +60,7 @@ class LoRA(Prompt):
         self.zero_init = zero_init
         self.scale = (rank if alpha is None else alpha) / rank
         geometry = dict(stride=stride, padding=padding, dilation=dilation, bias=False)
-        self.down = nn.Conv2d(channels, rank, kernel_size, **geometry)
+        self.down = conv_type(channels, rank, kernel_size, **geometry)
         self.up = nn.Conv2d(rank, out_channels or channels, 1, bias=False)
         self.init_weights()
 
@@ -80,7 +83,10 @@ class LoRA(Prompt):
 
         def wanted(name: str, layer: nn.Module) -> bool:
             plain = isinstance(layer, nn.Linear) or (
-                isinstance(layer, nn.Conv2d) and layer.groups == 1
+                isinstance(layer, nn.Conv2d)
+                and layer.groups == 1
+                # What they multiply with is no longer the sum that is merged.
+                and not isinstance(layer, ConvWS2d | ConvAWS2d)
             )
             return plain and (not layers or name in layers)
 

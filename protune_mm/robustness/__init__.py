@@ -1,6 +1,6 @@
 """Scores under corruption, attack, imbalance and a change of the classes."""
 
-from .attacks import ATTACKS, PixelModel, check_attack, robust_accuracy
+from .attacks import ATTACKS, AttackLoop, PixelModel, check_attack, robust_accuracy
 from .class_map import ClassMap, MappedAccuracy
 from .corruptions import CORRUPTIONS, Corrupt, after_loading, corrupted, summary
 from .shots import ShotAccuracy
@@ -8,6 +8,7 @@ from .shots import ShotAccuracy
 __all__ = [
     'ATTACKS',
     'CORRUPTIONS',
+    'AttackLoop',
     'ClassMap',
     'Corrupt',
     'MappedAccuracy',

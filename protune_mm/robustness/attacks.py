@@ -6,7 +6,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from mmengine.dist import get_world_size
+from mmengine.runner import Runner, TestLoop
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ..registry import LOOPS
 
 ATTACKS = ('fgsm', 'pgd', 'autoattack')
 PGD_STEPS = 10
@@ -17,29 +22,36 @@ class PixelModel(nn.Module):
 
     Args:
         model: the classifier, with its data preprocessor.
+        answers: the classes that count, such as those of a :class:`protune_mm.ClassMap`. Default:
+            all.
 
     Raises:
         ValueError: the model is no classifier.
 
-    Shape: ``(B, 3, H, W) -> (B, classes)``, in the order of channels of the data loader.
+    Shape: ``(B, 3, H, W) -> (B, answers)``, in the order of channels of the data loader.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, answers: Sequence[int] | None = None) -> None:
         super().__init__()
         if not hasattr(model, 'head') or not hasattr(model.head, 'num_classes'):
             raise ValueError(
                 f'attacks are for classifiers of MMPretrain; {type(model).__name__} is none'
             )
         self.model = model
+        self.answers = list(range(model.head.num_classes) if answers is None else answers)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Return the logits."""
         inputs = self.model.data_preprocessor(dict(inputs=255 * pixels))['inputs']
-        return self.model(inputs, mode='tensor')
+        return self.model(inputs, mode='tensor')[:, self.answers]
 
 
 def robust_accuracy(
-    model: nn.Module, batches: Iterable[dict], attack: str, budgets: Sequence[float]
+    model: nn.Module,
+    batches: Iterable[dict],
+    attack: str,
+    budgets: Sequence[float],
+    answers: Sequence[int] | None = None,
 ) -> dict[float, float]:
     """Accuracy under attack, for growing budgets.
 
@@ -51,6 +63,7 @@ def robust_accuracy(
         batches: of a test data loader, each with ``inputs`` and ``data_samples``.
         attack: one of :data:`ATTACKS`, run by the library ``torchattacks`` under the maximum norm.
         budgets: largest changes of a pixel, from 0 to 1, in growing order. 0 is no attack.
+        answers: see :class:`PixelModel`.
 
     Returns:
         dict[float, float]: budget to accuracy, in per cent.
@@ -59,21 +72,23 @@ def robust_accuracy(
         ValueError: an unknown attack, budgets that do not grow, or too few classes.
         ModuleNotFoundError: the library is not installed.
     """
-    check_attack(model, attack, budgets)
+    check_attack(model, attack, budgets, answers)
     budgets = list(budgets)
-    pixel_model = PixelModel(model).eval()
+    pixel_model = PixelModel(model, answers).eval()
+    position = {label: i for i, label in enumerate(pixel_model.answers)}
     device = next(model.parameters()).device
     right, total = dict.fromkeys(budgets, 0), 0
     for batch in batches:
         pixels = _stacked(batch['inputs']).to(device).float() / 255
-        labels = torch.cat([s.gt_label for s in batch['data_samples']]).to(device)
+        labels = [position[int(s.gt_label)] for s in batch['data_samples']]
+        labels = torch.tensor(labels, device=device)
         total += len(labels)
         with torch.no_grad():
             standing = pixel_model(pixels).argmax(1) == labels
         pixels, labels = pixels[standing], labels[standing]
         for budget in budgets:
             if budget and len(labels):
-                attacker = _attacker(attack, pixel_model, budget, model.head.num_classes)
+                attacker = _attacker(attack, pixel_model, budget)
                 # A random start that is the same each time, and takes nothing from the generator.
                 with torch.random.fork_rng(devices=_devices(device)), torch.enable_grad():
                     torch.manual_seed(0)
@@ -89,43 +104,103 @@ def _devices(device: torch.device) -> list[torch.device]:
     return [device] if device.type == 'cuda' else []
 
 
-def check_attack(model: nn.Module, attack: str, budgets: Sequence[float]) -> None:
+def check_attack(
+    model: nn.Module, attack: str, budgets: Sequence[float], answers: Sequence[int] | None = None
+) -> None:
     """Refuse an attack that cannot be run, before anything else is.
 
     Args:
         model: see :func:`robust_accuracy`.
         attack: see there.
         budgets: see there.
+        answers: see there.
 
     Raises:
         ValueError: an unknown attack, budgets that do not grow, too few classes, or no classifier.
+        ModuleNotFoundError: the library is not installed.
     """
     if attack not in ATTACKS:
         raise ValueError(f"attack='{attack}' is unknown: use one of {', '.join(ATTACKS)}")
     budgets = list(budgets)
     if not budgets or budgets[0] < 0 or budgets != sorted(set(budgets)):
         raise ValueError(f'budgets={budgets} do not grow from 0 on')
-    PixelModel(model)
-    if attack == 'autoattack' and model.head.num_classes < 4:
+    classes = len(PixelModel(model, answers).answers)
+    if attack == 'autoattack' and classes < 4:
         raise ValueError(
-            f'autoattack needs at least 4 classes; the model has {model.head.num_classes}: its '
-            'loss compares with the third best'
+            f'autoattack needs at least 4 classes; there are {classes}: its loss compares with '
+            'the third best'
         )
+    _library()
 
 
 def _stacked(inputs: Tensor | list[Tensor]) -> Tensor:
     return inputs if isinstance(inputs, Tensor) else torch.stack(inputs)
 
 
-def _attacker(attack: str, model: nn.Module, budget: float, classes: int) -> Any:
+def _library() -> Any:
     try:
         import torchattacks
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f'{error}: pip install -r requirements/robustness.txt for attacks'
         ) from error
+    return torchattacks
+
+
+def _attacker(attack: str, model: PixelModel, budget: float) -> Any:
+    torchattacks = _library()
     if attack == 'fgsm':
         return torchattacks.FGSM(model, eps=budget)
     if attack == 'pgd':
         return torchattacks.PGD(model, eps=budget, alpha=budget / 4, steps=PGD_STEPS)
-    return torchattacks.AutoAttack(model, eps=budget, n_classes=classes, seed=0)
+    return torchattacks.AutoAttack(model, eps=budget, n_classes=len(model.answers), seed=0)
+
+
+@LOOPS.register_module()
+class AttackLoop(TestLoop):
+    """Test loop of a classifier under attack, with the hooks of every test.
+
+    So the model is what a test would see: loaded from its checkpoint, its averaged weights in
+    place. Where the data set is a :class:`protune_mm.ClassMap` only its classes are answers.
+
+    Args:
+        runner: the runner.
+        dataloader: of the test split, or its config.
+        attack: see :func:`robust_accuracy`.
+        budgets: see there.
+        evaluator: what a runner gives to every test loop; not used.
+
+    Raises:
+        RuntimeError: several processes test, of which each would see a part of the images.
+
+    Its result has a score ``'ATTACK, BUDGET/255'`` for each budget, in per cent.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        dataloader: DataLoader | dict,
+        attack: str,
+        budgets: Sequence[float],
+        evaluator: object = None,
+    ) -> None:
+        super().__init__(runner, dataloader, evaluator=[])
+        self.attack, self.budgets = attack, budgets
+
+    def run(self) -> dict[str, float]:
+        """Attack, and return the scores."""
+        if get_world_size() > 1:
+            raise RuntimeError('attacks run in one process: test without a launcher')
+        self.runner.call_hook('before_test')
+        self.runner.call_hook('before_test_epoch')
+        found = robust_accuracy(
+            self.runner.model.eval(),
+            self.dataloader,
+            self.attack,
+            self.budgets,
+            self.dataloader.dataset.metainfo.get('subset'),
+        )
+        scores = {f'{self.attack}, {255 * b:g}/255': value for b, value in found.items()}
+        self.runner.call_hook('after_test_epoch', metrics=scores)
+        self.runner.call_hook('after_test')
+        return scores

@@ -25,6 +25,14 @@ MOST_OUTPUTS = 64
 """More than any backbone has."""
 
 
+def image_size(backbone: nn.Module) -> tuple[int, int] | None:
+    """Height and width that a backbone was built for, in pixels; None: it does not say."""
+    size = getattr(backbone, 'img_size', None)
+    if isinstance(size, int):
+        return size, size
+    return tuple(size) if size is not None and len(size) == 2 else None
+
+
 @dataclass(frozen=True)
 class Family:
     """One row of the stage table.
@@ -45,7 +53,8 @@ class Family:
         forks: names of the submodules whose ``forward`` has another structure while training
             ('' is the backbone): their ``training`` follows the mode, their children's does not.
         image: channels, height and width of an image that the examples accept.
-        native: height and width of images that a backbone accepts, in pixels; None: any.
+        native: height and width of images that a backbone accepts, in pixels; None: any. Default:
+            what it was built for, where it says so.
         requires: a library that the row's backbones need beyond their own.
     """
 
@@ -60,7 +69,7 @@ class Family:
     head: Callable[[nn.Module], list[str]] = lambda backbone: []
     forks: Callable[[nn.Module], list[str]] = lambda backbone: []
     image: tuple[int, int, int] = (3, 64, 96)
-    native: Callable[[nn.Module], tuple[int, int] | None] = lambda backbone: None
+    native: Callable[[nn.Module], tuple[int, int] | None] = image_size
     requires: str = ''
 
     def layout_of(self, backbone: nn.Module, block: nn.Module) -> Layout:

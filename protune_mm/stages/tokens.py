@@ -272,6 +272,7 @@ TOKENS: tuple[Family, ...] = (
         'TNT',
         split=plain(),
         channels=lambda block: block.projection.out_features,
+        native=lambda backbone: backbone.pixel_embed.img_size,
         layout=_tnt_layout,
         count_extra=_one_extra,
         reads_extra=lambda backbone: True,

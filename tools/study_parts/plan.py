@@ -16,6 +16,7 @@ from mmengine.config import Config
 from protune_mm import load_config
 from protune_mm.prompt_config import DEFAULT_PROMPT
 from protune_mm.registry import PROMPTS
+from protune_mm.robustness import ATTACKS
 
 METHODS: dict[str, dict] = {
     'full': dict(policy='full'),
@@ -36,9 +37,11 @@ METHODS: dict[str, dict] = {
 NEEDED = ('config', 'backbone', 'metrics', 'fractions', 'steps')
 OPTIONAL = (
     'few_steps', 'lrs', 'cfg_options', 'channels_last', 'long_tail', 'scenarios', 'prompt_lr_mult',
-    'full_lr_mult', 'validate_on_rest',
+    'full_lr_mult', 'validate_on_rest', 'methods',
 )  # fmt: skip
 """Keys of a task."""
+SCENARIOS = ('every', 'severities', 'shifts', 'attacks')
+"""Keys of a task's scenarios."""
 
 
 @dataclass(frozen=True)
@@ -66,16 +69,26 @@ class Run:
 
     @classmethod
     def of(cls, key: str) -> Run:
-        """The run of a key."""
-        task, method, fraction, lr, seed = key.split(' ')
-        return cls(task, method, float(fraction), float(lr), int(seed))
+        """The run of a key.
+
+        Raises:
+            ValueError: it has not five parts, or its last three are no numbers.
+        """
+        try:
+            task, method, fraction, lr, seed = key.split(' ')
+            return cls(task, method, float(fraction), float(lr), int(seed))
+        except ValueError as error:
+            raise ValueError(
+                f'\'{key}\' names no run: use "TASK METHOD FRACTION RATE SEED", such as '
+                '"flowers5 full 0.2 0.001 0"'
+            ) from error
 
 
 class Study:
     """A study's file: ``tasks``, ``methods``, ``lrs``, ``seeds``, and ``options``, ``variants``.
 
     A task has ``config``, ``backbone``, ``metrics``, ``fractions`` and ``steps``, and may have
-    ``few_steps`` (below half of the labels), ``lrs`` of its own, ``cfg_options``,
+    ``few_steps`` (below half of the labels), ``lrs`` and ``methods`` of its own, ``cfg_options``,
     ``channels_last`` (the memory of the model's maps), ``long_tail`` (the ratio of
     :class:`protune_mm.datasets.LongTailed`), ``prompt_lr_mult`` (over the rate of the head, that of
     what a method trains in the backbone), ``full_lr_mult`` (the same for full fine-tuning, of which
@@ -92,7 +105,8 @@ class Study:
         path: of a file such as ``configs/study/cpu.py``.
 
     Raises:
-        ValueError: it names an unknown method, or a task lacks a part or has an unknown one.
+        ValueError: it names an unknown method or a variant as a method is named, or a task lacks a
+            part or has an unknown one.
     """
 
     def __init__(self, path: str) -> None:
@@ -110,12 +124,18 @@ class Study:
         self.options = cfg.get('options', {})
         self.results_name = 'results.jsonl'
         self._configs: dict[str, str] = {}
-        known = {**METHODS, **self.variants}
-        for method in self.methods:
-            if method not in known:
-                raise ValueError(f"{path}: method '{method}' is unknown: use {', '.join(known)}")
+        for name in self.variants:
+            if name in METHODS:
+                raise ValueError(f"{path}: variant '{name}' has the name of a method: use another")
+        self._check_methods(path, self.methods)
         for name, task in self.tasks.items():
             self._check_task(name, task)
+
+    def _check_methods(self, where: str, methods: list[str]) -> None:
+        known = {**METHODS, **self.variants}
+        for method in methods:
+            if method not in known:
+                raise ValueError(f"{where}: method '{method}' is unknown: use {', '.join(known)}")
 
     def _check_task(self, name: str, task: dict) -> None:
         where = f"{self.path}: task '{name}'"
@@ -127,6 +147,8 @@ class Study:
                 raise ValueError(
                     f'{where} has `{key}`, which is unknown: a task may have {", ".join(OPTIONAL)}'
                 )
+        self._check_methods(where, task.get('methods', ()))
+        self._check_scenarios(where, task)
         if '::' not in task['config'] and not Path(task['config']).exists():
             raise ValueError(f'{where} has no config {task["config"]}')
         if task.get('validate_on_rest') and (
@@ -146,13 +168,49 @@ class Study:
             if task.get(key, 2) < 2:
                 raise ValueError(f'{where}: {key}={task[key]} leaves no step after the warm-up')
 
+    @staticmethod
+    def _check_scenarios(where: str, task: dict) -> None:
+        wanted = task.get('scenarios', {})
+        for key in wanted:
+            if key not in SCENARIOS:
+                raise ValueError(f'{where}: scenarios.{key} is unknown: use {", ".join(SCENARIOS)}')
+        for severity in wanted.get('severities', ()):
+            if severity not in range(1, 6):
+                raise ValueError(f'{where}: scenarios.severities has {severity}: use 1 to 5')
+        for attack in wanted.get('attacks', {}):
+            if attack not in ATTACKS:
+                raise ValueError(f"{where}: attack '{attack}' is unknown: use {', '.join(ATTACKS)}")
+            if not task['metrics'][0].startswith('accuracy/'):
+                raise ValueError(
+                    f'{where}: attacks are for classifiers; {task["metrics"][0]} is no accuracy'
+                )
+
+    def check_splits(self) -> None:
+        """Refuse a task that chooses by the images it is tested on.
+
+        Raises:
+            ValueError: its validation and test dataloaders read the same images.
+        """
+        for name, task in self.tasks.items():
+            cfg = load_config(task['config'], cfg_options=dict(task.get('cfg_options', {})))
+            read = [_images(cfg[f'{split}_dataloader'].dataset) for split in ('val', 'test')]
+            if read[0] == read[1]:
+                raise ValueError(
+                    f"{self.path}: task '{name}' validates on its test images: give "
+                    f'val_dataloader in {task["config"]} a part of the training set, such as '
+                    'protune_mm.FewLabels with rest=True, or `indices`'
+                )
+
     def runs(self) -> list[Run]:
         """All runs: what can be compared first comes first."""
         return [
             Run(name, method, fraction, lr, seed)
             for name, task in self.tasks.items()
             for fraction, seed, method, lr in itertools.product(
-                task['fractions'], self.seeds, self.methods, task.get('lrs', self.lrs)
+                task['fractions'],
+                self.seeds,
+                task.get('methods', self.methods),
+                task.get('lrs', self.lrs),
             )
         ]
 
@@ -179,7 +237,7 @@ class Study:
         study.
         """
         # A multiplier is among the options of the methods that it concerns.
-        apart = ['fractions', 'lrs', 'prompt_lr_mult', 'full_lr_mult']
+        apart = ['fractions', 'lrs', 'methods', 'prompt_lr_mult', 'full_lr_mult']
         if run.fraction == 1:
             apart.append('validate_on_rest')  # There is no rest.
         task = {k: v for k, v in self.tasks[run.task].items() if k not in apart}
@@ -201,3 +259,13 @@ class Study:
                 text = text.replace(folder, '') if folder else text
             self._configs[path] = text
         return self._configs[path]
+
+
+def _images(dataset: dict) -> dict:
+    """What of a data set's config says which images it has."""
+    how = ('pipeline', 'test_mode', 'lazy_init', 'filter_cfg', 'serialize_data')
+    return {
+        key: _images(value) if isinstance(value, dict) else value
+        for key, value in dataset.items()
+        if key not in how
+    }

@@ -29,7 +29,7 @@ def write_report(study: Study, lines: list[dict], out: Path, name: str) -> None:
     pictures = {place: draw(place, methods, out, stem, final) for place, methods in found.items()}
     by_labels = draw_fractions(found, out, stem) if final else []
     file = out / f'{stem}.md'
-    text = report(study, found, lines, pictures, by_labels, final)
+    text = report(study, found, lines, pictures, by_labels, out, final)
     file.write_text(text)
     print(text)
     print(f'wrote {file}')
@@ -116,6 +116,11 @@ def hundredths(metric: str) -> float:
     return 100.0 if 'mAP' in metric else 1.0
 
 
+def nth(every: int) -> str:
+    """In words: every second, every third, every 16th."""
+    return f'every {dict(enumerate(("second", "third"), 2)).get(every, f"{every}th")}'
+
+
 def slug(*words: object) -> str:
     """A file name of some words."""
     return re.sub(r'[^a-z0-9.]+', '-', ' '.join(map(str, words)).lower()).strip('-')
@@ -137,11 +142,13 @@ def draw(place: tuple, methods: dict[str, dict], out: Path, stem: str, final: bo
     task, fraction, metric = place
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), sharey=True, layout='constrained')
     score, error = ('score', 'spread') if final else ('val', 'val_spread')
+    unit = hundredths(metric)
     for axis, (label, value) in zip(axes, AXES, strict=True):
         for method, cell in methods.items():
             x = max(value(cell['runs']), 1e-3)
-            axis.errorbar(x, cell[score], cell[error], fmt='o', capsize=3, color=colour(method))
-            axis.annotate(method, (x, cell[score]), (4, 4), textcoords='offset points', size=7)
+            y, spreads = unit * cell[score], unit * cell[error]
+            axis.errorbar(x, y, spreads, fmt='o', capsize=3, color=colour(method))
+            axis.annotate(method, (x, y), (4, 4), textcoords='offset points', size=7)
         axis.set_xlabel(label)
         if axis is axes[0]:
             axis.set_xscale('symlog', linthresh=1e4)  # Head-only trains none.
@@ -163,8 +170,9 @@ def draw_fractions(found: dict, out: Path, stem: str) -> list[str]:
         figure, axis = plt.subplots(figsize=(6, 4), layout='constrained')
         for method in dict.fromkeys(m for f in points for m in found[task, f, metric]):
             have = [f for f in points if method in found[task, f, metric]]
-            scores = [found[task, f, metric][method]['score'] for f in have]
-            spreads = [found[task, f, metric][method]['spread'] for f in have]
+            unit = hundredths(metric)
+            scores = [unit * found[task, f, metric][method]['score'] for f in have]
+            spreads = [unit * found[task, f, metric][method]['spread'] for f in have]
             axis.errorbar(
                 have, scores, spreads, marker='o', capsize=3, label=method, color=colour(method)
             )
@@ -200,10 +208,12 @@ def report(
     lines: list[dict],
     pictures: dict[tuple, str],
     by_labels: list[str],
+    out: Path,
     final: bool,
 ) -> str:
     """The document."""
     shown = 'Test scores' if final else 'Validation scores'
+    told = (out / 'findings.md').exists()
     more = '' if final else f' --results {study.results_name}'
     text = [
         '# Study' if final else '# Ablations',
@@ -213,8 +223,12 @@ def report(
         'every method; * where that rate is at an end of the grid. "trains": part of the',
         'backbone\'s parameters, prompts included. "keeps": MiB that a step keeps for its backward',
         'pass (on a GPU: the peak). "time": processor time (on a GPU: time) of a step over that of',
-        'head-only, the first line where there is none. A diverged run has score 0. Corruption',
-        "errors are plain means, not divided by another network's.",
+        'head-only, the first line where there is none. A diverged run has score 0. Average',
+        'precision is in points of 100. Corruption errors are plain means, not divided by another',
+        "network's.",
+        '',
+        'What the methods are, and where the rate in the backbone is not that of the head, says',
+        f'`{study.path}`{"; what the numbers mean, [findings.md](findings.md)" if told else ""}.',
         '',
         f'    python tools/study.py {study.path}{more}',
         '',
@@ -223,10 +237,14 @@ def report(
         text += verdict(found, study.methods)
     for (task, fraction, metric), methods in found.items():
         first = next(iter(methods.values()))['runs'][0]
+        plan = study.tasks[task]
+        every = plan.get('scenarios', {}).get('every', 1)
+        part = f', {nth(every)} test image' if metric not in plan['metrics'] and every > 1 else ''
+        of_test, of_val = hundredths(metric), hundredths(plan['metrics'][0])
         text += [
             f'## {task}, {fraction:.0%} of the labels, {metric}',
             '',
-            f'{first["backbone"]}, {first["steps"]} steps.',
+            f'{first["backbone"]}, {first["steps"]} steps{part}.',
             '',
             f'| method |{" test |" if final else ""} validation | lr | trains | keeps | time '
             '| runs (diverged) |',
@@ -237,9 +255,10 @@ def report(
         key = 'score' if final else 'val'
         for method in sorted(methods, key=lambda m: -methods[m][key]):
             cell = methods[method]
-            test = f' {cell["score"]:.2f} ± {cell["spread"]:.2f} |' if final else ''
-            spreads = '' if final else f' ± {cell["val_spread"]:.2f}'
-            val = f' {cell["val"]:.2f}{spreads}'
+            score, spreads = of_test * cell['score'], of_test * cell['spread']
+            test = f' {score:.2f} ± {spreads:.2f} |' if final else ''
+            val = f' {of_val * cell["val"]:.2f}'
+            val += '' if final else f' ± {of_val * cell["val_spread"]:.2f}'
             text.append(
                 f'| {method} |{test}{val} '
                 f'| {cell["lr"]:g}{"*" * cell["edge"]} | {share(cell):.1%} '
@@ -262,7 +281,7 @@ def verdict(found: dict[tuple, dict[str, dict]], planned: Iterable[str] = ()) ->
 
     The number of ``planned`` methods without a run at a place is told: the best rival may be one.
     """
-    rows, gains = [], []
+    rows, gains, first = [], [], {}
     for (task, fraction, metric), methods in found.items():
         ours, full, head = (methods.get(m) for m in ('pro-tuning', 'full', 'head-only'))
         if ours is None or not all(cell['complete'] for cell in methods.values()):
@@ -285,6 +304,7 @@ def verdict(found: dict[tuple, dict[str, dict]], planned: Iterable[str] = ()) ->
             cells.append(f'{ahead:+.2f} ± {unit * error_of_difference(ours, other):.2f} {told}')
         if full is not None:
             gains.append(unit * (ours['score'] - full['score']))
+            first.setdefault((task, fraction), gains[-1])
         within = 'yes' if share(ours) <= LIMIT else '**no**'
         lacking = len(set(planned) - set(methods))
         which = f'{rival or ""}{f" ({lacking} methods not run)" if lacking else ""}'
@@ -308,6 +328,10 @@ def verdict(found: dict[tuple, dict[str, dict]], planned: Iterable[str] = ()) ->
         '',
     ]
     if gains:
-        ahead = statistics.mean(gains)
-        text += [f'Mean over these places, ahead of full fine-tuning: {ahead:+.2f}.', '']
+        text += [
+            'Ahead of full fine-tuning, mean over the tasks and fractions by the first metric of '
+            f'each: {statistics.mean(first.values()):+.2f}; over all these places: '
+            f'{statistics.mean(gains):+.2f}.',
+            '',
+        ]
     return text

@@ -28,14 +28,11 @@ from protune_mm import cli
 from protune_mm.compat import stack_versions
 from protune_mm.config import config_backbones
 from protune_mm.frozen import prompt_parameters
+from protune_mm.hooks import DivergedError
 from protune_mm.lean.memory import kept_bytes
 from protune_mm.robustness import CORRUPTIONS, after_loading, corrupted, robust_accuracy, summary
 
 from .plan import Run, Study
-
-
-class DivergedError(Exception):
-    """The loss is no number any more."""
 
 
 class StopWhenDiverged(Hook):
@@ -117,8 +114,13 @@ def train(path: str, key: str) -> dict:
         start = time.time()
         try:
             runner.train()
-            diverged = False
+            diverged = not is_finite(runner.model)  # The last step may have done it.
         except DivergedError:
+            diverged = True
+        except Exception:
+            # Where weights are no numbers, a detector may fail before it has a loss.
+            if is_finite(runner.model):
+                raise
             diverged = True
         wall = time.time() - start
         memory = None if diverged else peak_memory(runner)
@@ -163,10 +165,15 @@ def train(path: str, key: str) -> dict:
                 threads=torch.get_num_threads(),
                 device=device_name(),
                 command=f'python tools/study.py {path} --run "{key}"',
-                versions=stack_versions(),
+                versions={'protune_mm': protune_mm.__version__, **stack_versions()},
             )
         )
     return dict(key=key, status='diverged' if diverged else 'ok', reason='', lines=lines)
+
+
+def is_finite(model: BaseModel) -> bool:
+    """Whether all weights that train are numbers."""
+    return all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad)
 
 
 def score(found: dict, metric: str, run: Run) -> float:
