@@ -74,13 +74,38 @@ def test_the_corruption_comes_right_after_the_image():
         'Resize',
     ]
     assert len(steps) == 3, 'a copy'
-    with pytest.raises(ValueError, match='nothing can follow'):
-        corrupted(dict(dataset=dict(pipeline=[dict(type='Resize')])), 'fog', 3)
+    first = corrupted(dict(dataset=dict(pipeline=[dict(type='Resize')])), 'fog', 3)
+    assert first['dataset']['pipeline'][0] == dict(
+        type='protune_mm.Corrupt', corruption='fog', severity=3, cache=False, rgb=True
+    )
+    with pytest.raises(ValueError, match='the test data set, CIFAR10, has no `pipeline`'):
+        corrupted(dict(dataset=dict(type='CIFAR10')), 'fog', 3)
+
+
+def test_an_image_without_a_file_is_corrupted_by_what_it_is():
+    config = dict(type='protune_mm.Corrupt', corruption='gaussian_noise', severity=2)
+    images = [np.full((32, 32, 3), grey, np.uint8) for grey in (90, 91)]
+    made = [TRANSFORMS.build(dict(config, rgb=True))(dict(img=image))['img'] for image in images]
+    again = TRANSFORMS.build(dict(config, rgb=True))(dict(img=images[0]))['img']
+    turned = TRANSFORMS.build(config)(dict(img=images[0]))['img']
+    assert np.array_equal(made[0], again)
+    assert np.array_equal(made[0], turned[..., ::-1]), 'the library sees the same image'
+    assert not np.array_equal(made[0], made[1])
+    with pytest.raises(ValueError, match='no image to corrupt'):
+        TRANSFORMS.build(config)(dict(img_path='a.png'))
 
 
 def test_summary():
     scores = {('fog', 1): 60.0, ('fog', 2): 40.0, ('snow', 1): 30.0, ('snow', 2): 10.0}
     assert summary(70.0, scores, True) == {'mPC': 35, 'rPC': 50, 'mCE': 65}
+    # Errors of 50 over 75 under fog, 80 over 100 under snow.
+    other = {('fog', 1): 10.0, ('fog', 2): 40.0, ('snow', 1): 0.0, ('snow', 2): 0.0}
+    got = summary(70.0, scores, True, other)
+    assert got['mCE over baseline'] == pytest.approx(100 * (100 / 150 + 160 / 200) / 2)
+    with pytest.raises(ValueError, match='the baseline has no score under snow 2: test it there'):
+        summary(70.0, scores, True, dict(list(other.items())[:3]))
+    with pytest.raises(ValueError, match='the baseline makes no error under fog'):
+        summary(70.0, scores, True, dict.fromkeys(other, 100.0))
     scores = {key: value / 100 for key, value in scores.items()}
     assert summary(0.7, scores, False) == pytest.approx({'mPC': 0.35, 'rPC': 50, 'mCE': 65})
 
@@ -317,8 +342,14 @@ def test_the_tool_on_a_classifier(trained_cls, tmp_path):
     assert found['mCE'] == pytest.approx(100 - found['mPC'])
     assert found['fgsm, 0/255'] == pytest.approx(found['clean'], abs=1e-3)
     assert found['fgsm, 2/255'] <= found['fgsm, 0/255']
-    again = run_tool('tools/test_robustness.py', *common, *FEW, *attack)
+    again = run_tool('tools/test_robustness.py', *common, *FEW, *attack, '--baseline', out)
     assert 'fog 1:' not in again.stdout, 'what is there is not computed again'
+    assert 'mCE over baseline: 100.0' in again.stdout
+    found['mCE over baseline'] = 100.0
+    more = ('--corruptions', 'snow', '--severities', '1', '--baseline', out)
+    lacking = run_tool('tools/test_robustness.py', *common[:-2], *more, check=False)
+    assert lacking.stderr.strip().endswith('has no score under snow 1: test it there, too')
+    assert 'clean:' not in lacking.stdout, 'told before anything is tested'
     # Attacks that are asked for later are on the same weights.
     later = (*common[:-1], tmp_path / 'later.json', '--no-corruptions')
     run_tool('tools/test_robustness.py', *later)

@@ -13,6 +13,7 @@ two libraries that corrupt and attack.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument(
         '--severities', nargs='+', type=int, choices=range(1, 6), default=[1, 2, 3, 4, 5]
     )
+    parser.add_argument('--baseline', help='--out of another network, to divide the mCE by')
     parser.add_argument('--attacks', nargs='+', choices=ATTACKS, default=[])
     parser.add_argument(
         '--budgets', nargs='+', type=float, default=[0, 0.5, 1, 2, 4], help='in 255ths of a pixel'
@@ -51,6 +53,7 @@ def main() -> None:
     cfg, args = cli.parse(parser)
     cfg.load_from = args.checkpoint
     scores = Scores(args)
+    baseline = read_baseline(args.baseline, args.metric) if args.baseline else None
     runner = cli.build_runner(cfg)
     # What cannot be done is told before the first test.
     for attack in args.attacks:
@@ -58,6 +61,8 @@ def main() -> None:
     if not args.no_corruptions:
         corrupted(cfg.test_dataloader, args.corruptions[0], 0)
         Corrupt(args.corruptions[0], 1)
+        wanted = itertools.product(args.corruptions, args.severities)
+        summary(1.0, dict.fromkeys(wanted, 0.0), True, baseline)
 
     def test(dataloader: dict) -> float:
         runner._test_loop = TestLoop(
@@ -80,7 +85,7 @@ def main() -> None:
             )
     if found:
         # Accuracy and mIoU go to 100 in these libraries, average precision to 1.
-        scores.note(summary(clean, found, per_cent='mAP' not in args.metric))
+        scores.note(summary(clean, found, 'mAP' not in args.metric, baseline))
     for attack in args.attacks:
         names = [f'{attack}, {budget:g}/255' for budget in args.budgets]
         if not set(names) <= set(scores.known):
@@ -88,6 +93,19 @@ def main() -> None:
             budgets = [budget / 255 for budget in args.budgets]
             runner._test_loop = AttackLoop(runner, loader, attack, budgets)
             scores.note(runner.test())
+
+
+def read_baseline(path: str, metric: str) -> dict[tuple[str, int], float]:
+    """Scores under corruption of another network.
+
+    Raises:
+        ValueError: they are of another metric.
+    """
+    held = json.loads(Path(path).read_text())
+    if held['about']['metric'] != metric:
+        raise ValueError(f'{path} has scores of {held["about"]["metric"]}, not of {metric}')
+    split = {tuple(name.rsplit(' ', 1)): score for name, score in held['scores'].items()}
+    return {(key[0], int(key[1])): score for key, score in split.items() if key[0] in CORRUPTIONS}
 
 
 class Scores:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,22 +32,27 @@ _corrupted_images: dict[tuple, np.ndarray] = {}
 class Corrupt(BaseTransform):
     """Corrupt an image with the library ``imagecorruptions``, the same way each time.
 
-    The random numbers follow from the path of the image, so that every model sees the same images.
+    The random numbers follow from the path of the image, or from the image itself where it has
+    none, so that every model sees the same images.
 
     Args:
         corruption: one of :data:`CORRUPTIONS`.
         severity: 1 to 5; 0 leaves the image as it is.
         cache: keep corrupted images in this process for the next model that is tested on them.
             Default False.
+        rgb: the channels are in the order RGB, as those of sets that hold their images. Default
+            False: BGR, as files are loaded.
 
     Raises:
         ValueError: the corruption or the severity is unknown.
         ModuleNotFoundError: the library is not installed.
 
-    Required keys: ``img``, (H, W, 3), uint8, and ``img_path``. Changed key: ``img``.
+    Required key: ``img``, (H, W, 3), uint8. Optional key: ``img_path``. Changed key: ``img``.
     """
 
-    def __init__(self, corruption: str, severity: int, cache: bool = False) -> None:
+    def __init__(
+        self, corruption: str, severity: int, cache: bool = False, rgb: bool = False
+    ) -> None:
         if corruption not in CORRUPTIONS:
             raise ValueError(
                 f"corruption='{corruption}' is unknown: use one of {', '.join(CORRUPTIONS)}"
@@ -54,14 +60,22 @@ class Corrupt(BaseTransform):
         if severity not in range(6):
             raise ValueError(f'severity={severity} is unknown: use 0 (none) to 5')
         self.corruption, self.severity, self.cache = corruption, severity, cache
+        self.rgb = rgb
         if severity:
             self._corrupt = _library()
 
     def transform(self, results: dict) -> dict:
-        """Corrupt ``results['img']``."""
+        """Corrupt ``results['img']``.
+
+        Raises:
+            ValueError: there is no image yet.
+        """
         if not self.severity:
             return results
-        path, image = results['img_path'], results['img']
+        image = results.get('img')
+        if image is None:
+            raise ValueError('no image to corrupt: the data set has none, and no step loads it')
+        path = results.get('img_path') or hashlib.sha1(image.tobytes()).hexdigest()
         key = (path, image.shape, self.corruption, self.severity)
         made = _corrupted_images.get(key) if self.cache else None
         if made is None:
@@ -73,10 +87,11 @@ class Corrupt(BaseTransform):
 
     def _made(self, image: np.ndarray, seed: int) -> np.ndarray:
         # The library wants RGB, and some corruptions have a colour.
-        image = np.ascontiguousarray(image[..., ::-1])
+        turn = slice(None, None, 1 if self.rgb else -1)
+        image = np.ascontiguousarray(image[..., turn])
         with _seeded(seed):
             made = self._corrupt(image, corruption_name=self.corruption, severity=self.severity)
-        return np.ascontiguousarray(made[..., ::-1])
+        return np.ascontiguousarray(made[..., turn])
 
 
 @contextmanager
@@ -119,36 +134,49 @@ def corrupted(dataloader: dict, corruption: str, severity: int, cache: bool = Fa
         corruption, severity, cache: as of :class:`Corrupt`.
 
     Raises:
-        ValueError: its pipeline loads no image.
+        ValueError: its data set has no pipeline.
     """
     step = dict(type='protune_mm.Corrupt', corruption=corruption, severity=severity, cache=cache)
-    return after_loading(dataloader, [step])
+    _, loaded = _test_pipeline(dataloader)
+    return after_loading(dataloader, [step if loaded else dict(step, rgb=True)])
 
 
 def after_loading(dataloader: dict, steps: list[dict]) -> dict:
     """A copy of a test dataloader's config with transforms right after an image is loaded.
+
+    Sets such as CIFAR hold their images and load none: there the transforms come first.
 
     Args:
         dataloader: the config, unchanged.
         steps: the transforms.
 
     Raises:
-        ValueError: its pipeline loads no image.
+        ValueError: its data set has no pipeline.
     """
     dataloader = copy.deepcopy(dataloader)
-    dataset = dataloader['dataset']
-    while 'pipeline' not in dataset and 'dataset' in dataset:
-        dataset = dataset['dataset']
-    pipeline = dataset.get('pipeline', [])
-    loads = [i for i, step in enumerate(pipeline) if 'LoadImage' in str(step.get('type'))]
-    if not loads:
-        raise ValueError('the test pipeline has no LoadImageFromFile: nothing can follow it')
-    pipeline[loads[0] + 1 : loads[0] + 1] = steps
+    pipeline, loaded = _test_pipeline(dataloader)
+    pipeline[loaded:loaded] = steps
     return dataloader
 
 
+def _test_pipeline(dataloader: dict) -> tuple[list[dict], int]:
+    """Transforms of a test dataloader's config, and how many it takes to have an image."""
+    dataset = dataloader['dataset']
+    while 'pipeline' not in dataset and 'dataset' in dataset:
+        dataset = dataset['dataset']
+    if not dataset.get('pipeline'):
+        raise ValueError(
+            f'the test data set, {dataset.get("type")}, has no `pipeline`: no step can be added'
+        )
+    loads = [i for i, s in enumerate(dataset['pipeline']) if 'LoadImage' in str(s.get('type'))]
+    return dataset['pipeline'], loads[0] + 1 if loads else 0
+
+
 def summary(
-    clean: float, scores: Mapping[tuple[str, int], float], per_cent: bool
+    clean: float,
+    scores: Mapping[tuple[str, int], float],
+    per_cent: bool,
+    baseline: Mapping[tuple[str, int], float] | None = None,
 ) -> dict[str, float]:
     """Mean scores under corruption.
 
@@ -156,16 +184,39 @@ def summary(
         clean: the score without corruption.
         scores: (corruption, severity) to score.
         per_cent: scores go to 100 rather than to 1.
+        baseline: those of another network. Default: none.
 
     Returns:
         dict[str, float]: ``mPC``, the mean performance under corruption; ``rPC``, relative to the
-        clean one, in per cent (both of arXiv 1907.07484); and ``mCE``, the mean corruption error in
-        per cent, not divided by another network's.
+        clean one, in per cent (both of arXiv 1907.07484); ``mCE``, the mean corruption error in
+        per cent, not divided by another network's; and with a baseline ``mCE over baseline``, as
+        arXiv 1903.12261 has it with AlexNet: the mean over corruptions of the error over all
+        severities, divided by the baseline's, in per cent.
+
+    Raises:
+        ValueError: the baseline lacks a corruption, or makes no error under one.
     """
     performance = mean(scores.values())
     unit = 1 if per_cent else 100
-    return {
+    found = {
         'mPC': performance,
         'rPC': 100 * performance / clean if clean else 0.0,
         'mCE': 100 - unit * performance,
     }
+    if baseline is not None:
+        lacking = [
+            f'{name} {severity}' for name, severity in scores if (name, severity) not in baseline
+        ]
+        if lacking:
+            raise ValueError(f'the baseline has no score under {lacking[0]}: test it there, too')
+        ratios = []
+        for corruption in dict.fromkeys(name for name, _ in scores):
+            keys = [key for key in scores if key[0] == corruption]
+            errors, others = (
+                sum(100 - unit * values[key] for key in keys) for values in (scores, baseline)
+            )
+            if not others:
+                raise ValueError(f'the baseline makes no error under {corruption}: use another')
+            ratios.append(100 * errors / others)
+        found['mCE over baseline'] = mean(ratios)
+    return found
