@@ -1,5 +1,6 @@
 """Jobs run side by side: each result is noted at once, and a death costs one job."""
 
+import json
 import os
 import signal
 import subprocess
@@ -70,9 +71,13 @@ def test_a_line_that_was_cut_off_is_done_again(results, capsys):
     text = run.path.read_text()
     run.path.write_text(text[:-10])
     capsys.readouterr()
+    assert list(results().known) == [json.loads(text.splitlines()[0])['key']]
+    assert run.path.read_text() == text[:-10], 'reading alone changes nothing'
     assert len(results().work(job, ['good a', 'good b'])) == 2
     assert '[1/1, 0 min left] ok good' in capsys.readouterr().out
     assert len(results().known) == 2
+    lines = run.path.read_text().splitlines()
+    assert sorted(json.loads(line)['key'] for line in lines) == ['good a', 'good b']
 
 
 SLEEPER = """

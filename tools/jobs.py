@@ -40,15 +40,9 @@ class Results:
         self.known = self.from_lines(self._read())
 
     def _read(self) -> list[dict]:
-        """All lines; half a line, which a stopped run may have left, goes."""
-        text = self.path.read_text() if self.path.exists() else ''
-        whole = text[: text.rfind('\n') + 1]
-        if whole != text:
-            part = self.path.with_suffix('.part')
-            part.write_text(whole)
-            part.replace(self.path)
+        """All lines but half a line at the end, which a stopped run may have left."""
         lines = []
-        for number, line in enumerate(whole.splitlines(), 1):
+        for number, line in enumerate(self._whole()[0].splitlines(), 1):
             try:
                 lines.append(json.loads(line))
             except json.JSONDecodeError as error:
@@ -57,6 +51,12 @@ class Results:
                     'it held is run again'
                 ) from error
         return lines
+
+    def _whole(self) -> tuple[str, bool]:
+        """The whole lines of the file, and whether these are all of it."""
+        text = self.path.read_text() if self.path.exists() else ''
+        whole = text[: text.rfind('\n') + 1]
+        return whole, whole == text
 
     def from_lines(self, lines: list[dict]) -> dict[str, dict]:
         """Key to result, from what the file holds."""
@@ -77,6 +77,11 @@ class Results:
             list[dict]: the results there are, in the order of the keys.
         """
         keys = list(keys)
+        whole, is_all = self._whole()
+        if not is_all:  # What is noted next is to be a line of its own.
+            part = self.path.with_suffix('.part')
+            part.write_text(whole)
+            part.replace(self.path)
         progress = Progress(sum(key not in self.known for key in keys))
         while todo := [key for key in keys if not self._done(key)]:
             self._side_by_side(job, todo, self.processes, progress)

@@ -55,18 +55,18 @@ class Subset:
         if not masks or not classes or len(masks) == len(self.dataset):
             return
         left = set(range(len(classes)))
-        reduced = infos[0].get('reduce_zero_label', False)
-        mapping = infos[0].get('label_map') or {}
-        for path in masks:
-            found = np.unique(mmcv.imread(path, flag='unchanged', backend='pillow'))
-            found = {mapping.get(int(label), int(label)) - reduced for label in found}
-            left -= found
+        for info in infos:
+            left -= mask_labels(info)
             if not left:
                 return
-        raise ValueError(
-            f'{len(masks)} of {len(self.dataset)} images leave no pixel of class '
-            f"'{self.class_name(min(left))}': use a larger fraction or another seed"
-        )
+        shown = set(self.indices)
+        for i in range(len(self.dataset)):
+            lost = set() if i in shown else left & mask_labels(self.dataset.get_data_info(i))
+            if lost:  # Else no image of the whole set has it.
+                raise ValueError(
+                    f'{len(masks)} of {len(self.dataset)} images leave no pixel of class '
+                    f"'{self.class_name(min(lost))}': use a larger fraction or another seed"
+                )
 
     def choose(self, labels: list[set[int]]) -> list[int]:
         """Indices of the images that are shown.
@@ -206,6 +206,14 @@ class LongTailed(Subset):
         """Images that are left of each class."""
         labels = [next(iter(image_labels(self.get_data_info(i)))) for i in range(len(self))]
         return np.bincount(labels).tolist()
+
+
+def mask_labels(info: dict) -> set[int]:
+    """Classes with a pixel in the mask of one image."""
+    mapping = info.get('label_map') or {}
+    found = np.unique(mmcv.imread(info['seg_map_path'], flag='unchanged', backend='pillow'))
+    reduced = info.get('reduce_zero_label', False)
+    return {mapping.get(int(label), int(label)) - reduced for label in found}
 
 
 def image_labels(info: dict) -> set[int]:
