@@ -107,7 +107,7 @@ def probe_reach(
         set[str]: dotted names.
 
     Raises:
-        ValueError: the backbone cannot run on such an image.
+        ValueError: the backbone cannot run on such an image, or returns no tensors.
     """
     added: list[tuple[str, Tensor]] = []
 
@@ -123,15 +123,23 @@ def probe_reach(
         )
         for name in names
     ]
+    # What is computed again in backward has no gradients of single tensors.
+    again = [m for m in module.modules() if getattr(m, 'with_cp', False) is True]
     try:
+        for m in again:
+            m.with_cp = False
         outs = run_on_ghost(module, size, watch=torch.enable_grad())
     finally:
+        for m in again:
+            m.with_cp = True
         for handle in handles:
             handle.remove()
-    outs = [out for out in tree_leaves(outs) if isinstance(out, Tensor) and out.requires_grad]
+    outs = [out for out in tree_leaves(outs) if isinstance(out, Tensor)]
     if not outs:
-        return set()
+        raise ValueError(f'{type(module).__name__} returns no tensors')
     total = sum(out.sum() for out in outs)
+    if not total.requires_grad:
+        return set()
     grads = torch.autograd.grad(total, [zero for _, zero in added], allow_unused=True)
     return {name for (name, _), grad in zip(added, grads, strict=True) if grad is not None}
 

@@ -201,10 +201,15 @@ def _layer_sites(
         layout, extra = _layer_layout(module, family, block, layer, given)
         axis = 1 if isinstance(layout, Maps) else -1
         height = {Maps: 2, LastMaps: 1}.get(type(layout))
-        grows = height is not None and returned[height] > given[height]
-        # Class attention computes on the class token alone; no stride makes a map larger.
-        if grows or (extra and given[1] <= extra):
-            without.append(path)
+        larger = height is not None and returned[height] > given[height]
+        if larger and not isinstance(layer, nn.Conv2d):
+            without.append(f'{path} (it enlarges its map)')
+            continue
+        if extra and given[1] <= extra:  # As class attention does.
+            without.append(f'{path} (it computes on class tokens alone)')
+            continue
+        if given[0] != 1 and isinstance(layout, Tokens):  # Of one image: as TNT's inner blocks do.
+            without.append(f'{path} (it computes inside each patch)')
             continue
         geometry = dict(out_channels=returned[axis])
         if isinstance(layer, nn.Conv2d):
@@ -231,8 +236,7 @@ def _layer_sites(
         )
     if without:
         print_log(
-            f"prompt.type='{name}': none beside {', '.join(without)} of {type(module).__name__}: "
-            'it enlarges its map, or computes on class tokens alone',
+            f"prompt.type='{name}': none beside {', '.join(without)} of {type(module).__name__}",
             logger='current',
         )
     return sites
@@ -248,6 +252,13 @@ def _norm_sites(module: nn.Module, paths: list[str], native: tuple, name: str) -
         reached = probe_reach(module, paths, native)
     except ValueError:  # It takes other images only.
         reached = paths
+    without = [path for path in paths if path not in reached]
+    if without:
+        print_log(
+            f"prompt.type='{name}': none after {', '.join(without)} of {type(module).__name__}: "
+            'what it returns does not depend on them',
+            logger='current',
+        )
     return [
         Site(
             name=path,

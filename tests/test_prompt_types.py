@@ -249,8 +249,27 @@ def test_beside_the_layers_of_every_backbone(library, family, kind):
             return
         tuned = protune_mm.protune(stock, prompt=prompt_config(kind), lean=False).eval()
     assert prompts(tuned)
+    for name, prompt in prompts(tuned).items():
+        layer = tuned.get_submodule(name.removesuffix('.prompt').removesuffix('prompt'))
+        if isinstance(layer, nn.Conv2d):
+            for key in ('kernel_size', 'stride', 'padding', 'dilation'):
+                assert getattr(prompt.down, key) == getattr(layer, key), (name, key)
+            x = torch.randn(1, layer.in_channels, 19, 26)
+            assert prompt(x).shape == layer(x).shape
     for a, b in zip(expected, flat(tuned(image())), strict=True):
         assert (a - b).abs().max() <= 1e-5 * a.abs().max()  # float32
+
+
+def test_affine_beside_checkpointed_blocks():
+    """What is computed again in backward has no gradients of its own to look at."""
+    library, family = EXAMPLES[0].values
+    with DefaultScope.overwrite_default_scope(library):
+        plain, again = (
+            build_protuned(library, family, affine=True, with_cp=with_cp)
+            for with_cp in (False, True)
+        )
+    assert set(prompts(again)) == set(prompts(plain))
+    assert any(getattr(module, 'with_cp', False) for module in again.modules())
 
 
 def test_affine_leaves_out_norms_that_the_neck_does_not_see():

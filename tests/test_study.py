@@ -1,6 +1,7 @@
 """tools/study.py: the same steps and grid for all, resumed at any run, picked by validation."""
 
 import json
+import shutil
 
 import pytest
 from mmengine.optim import build_optim_wrapper
@@ -24,12 +25,23 @@ options = dict(ResNet=dict(lora=dict(prompt=dict(rank=1))))
 """
 
 
+SPLITS = """
+train_dataloader['dataset'] = dict(dataset, indices=[0, 1, 2, 3, 9, 10, 11, 12])
+val_dataloader['dataset'] = dict(dataset, indices=[4, 5, 13, 14])
+test_dataloader = dict(val_dataloader, dataset=dict(dataset, indices=[6, 7, 8, 15, 16, 17]))
+"""
+
+
 @pytest.fixture
 def study(tmp_path, pictures):
     config = tmp_path / 'classifier.py'
-    text = CLS.format(root=str(pictures / 'classes'))
-    own = 'test_dataloader = dict(val_dataloader, dataset=dict(dataset, indices=[0, 1, 4, 5]))'
-    config.write_text(text.replace('test_dataloader = val_dataloader', own))
+    for copy in 'xyz':  # Nine images of each of two classes.
+        for picture in (pictures / 'classes').glob('*/*.png'):
+            folder = tmp_path / 'classes' / picture.parent.name
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(picture, folder / f'{copy}{picture.name}')
+    text = CLS.format(root=str(tmp_path / 'classes'))
+    config.write_text(f'{text}{SPLITS}')
     # What a stock config without a test split has.
     (tmp_path / 'one_split.py').write_text(text)
 
@@ -155,7 +167,6 @@ def test_scenarios(study):
         (dict(seeds='sets'), (), 'has no `seeds`'),
         (dict(classifier='clasifier'), (), "task 'small' has no config"),
         (dict(), ('--method', 'mona'), '--method mona: '),
-        (dict(classifier='one_split'), (), "task 'small' validates on its test images: give"),
         (dict(), ('--run', 'small lora'), "'small lora' names no run: use"),
         (dict(), ('--run', 'small lorra 1 0.1 0'), 'has the tasks small; methods are full,'),
         (
@@ -185,6 +196,7 @@ def test_bad_input(study, tmp_path, change, more, message):
         ('steps=3,', 'steps=3, scenarios=dict(severity=[3]),', 'scenarios.severity is unknown'),
         ('steps=3,', 'steps=3, scenarios=dict(severities=[6]),', 'severities has 6: use 1 to 5'),
         ('steps=3,', 'steps=3, scenarios=dict(attacks=dict(pgm=[1])),', "'pgm' is unknown"),
+        ('steps=3,', 'steps=3, scenarios=dict(attacks=dict(pgd=[2, 1])),', 'do not grow from 0'),
         (
             "metrics=['accuracy/top1']",
             "metrics=['mIoU'], scenarios=dict(attacks=dict(pgd=[1]))",
@@ -197,6 +209,29 @@ def test_bad_tasks(study, tmp_path, old, new, message):
     done = run(study(**{old: new}), tmp_path / 'out', check=False)
     assert message in done.stderr
     assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (dict(classifier='one_split'), '18 of 18 images of its val split are in its train split'),
+        (
+            {'steps=3,': "steps=3, cfg_options={'val_dataloader.dataset.indices': [4, 6, 13]},"},
+            '1 of 6 images of its test split are in its val split',
+        ),
+        (
+            {'steps=3,': "steps=3, cfg_options={'train_dataloader.dataset.indices': [4, 13]},"},
+            '2 of 4 images of its val split are in its train split',
+        ),
+    ],
+)
+def test_no_image_is_in_two_splits(study, parts, change, message):
+    training, plan = parts['training'], parts['plan'].Study(str(study(**change)))
+    run = plan.runs()[0]
+    with pytest.raises(ValueError, match=f"task 'small': {message}: give them"):
+        training.check_apart(training.config_of(plan, run, ''), run.task)
+    plan = parts['plan'].Study(str(study()))
+    training.check_apart(training.config_of(plan, run, ''), run.task)
 
 
 def test_a_metric_that_is_not_there_is_no_divergence(study, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import multiprocessing
@@ -56,6 +57,9 @@ class Results:
         """The whole lines of the file, and whether these are all of it."""
         text = self.path.read_text() if self.path.exists() else ''
         whole = text[: text.rfind('\n') + 1]
+        with contextlib.suppress(json.JSONDecodeError):
+            json.loads(text[len(whole) :])
+            whole = f'{text}\n'  # Only the end of the line was lost.
         return whole, whole == text
 
     def from_lines(self, lines: list[dict]) -> dict[str, dict]:

@@ -49,7 +49,6 @@ def main() -> None:
     args = parser.parse_args()
     try:
         study = Study(args.study)
-        study.check_splits()
         one = args.run and Run.of(args.run)
     except ValueError as error:
         parser.error(str(error))
@@ -76,11 +75,12 @@ def main() -> None:
     runs = [
         run
         for run in study.runs()
-        if run.task in (args.task or study.tasks) and run.method in (args.method or study.methods)
+        if run.task in (args.task or study.tasks) and run.method in (args.method or [run.method])
     ]
     results = StudyResults(out / args.results, args.jobs)
     results.keep({run.key: study.setting(run) for run in study.runs()})
     if not args.table:
+        study.check_ready(dict.fromkeys(run.task for run in runs))
         results.work(functools.partial(train, args.study), [run.key for run in runs])
     lines = [line for row in results.known.values() for line in row['lines']]
     if lines:

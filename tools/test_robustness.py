@@ -13,10 +13,12 @@ two libraries that corrupt and attack.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 from pathlib import Path
 
+from mmengine.config import Config
 from mmengine.runner import TestLoop
 
 from protune_mm import cli
@@ -51,13 +53,18 @@ def main() -> None:
     )
     parser.add_argument('--out', help='JSON file of the scores')
     cfg, args = cli.parse(parser)
+    if args.launcher != 'none':
+        parser.error('scores are written by one process: test without --launcher')
+    if args.baseline and args.no_corruptions:
+        parser.error('--baseline divides errors under corruption: leave --no-corruptions out')
+    scores = Scores(args, cfg)
     cfg.load_from = args.checkpoint
-    scores = Scores(args)
     baseline = read_baseline(args.baseline, args.metric) if args.baseline else None
     runner = cli.build_runner(cfg)
     # What cannot be done is told before the first test.
     for attack in args.attacks:
-        check_attack(runner.model, attack, args.budgets)
+        answers = runner.build_dataloader(cfg.test_dataloader).dataset.metainfo.get('subset')
+        check_attack(runner.model, attack, args.budgets, answers)
     if not args.no_corruptions:
         corrupted(cfg.test_dataloader, args.corruptions[0], 0)
         Corrupt(args.corruptions[0], 1)
@@ -73,6 +80,11 @@ def main() -> None:
             parser.error(f'--metric {args.metric}: there are {", ".join(map(str, metrics))}')
         return float(metrics[args.metric])
 
+    def attacked(attack: str) -> dict[str, float]:
+        loader = runner.build_dataloader(cfg.test_dataloader)
+        runner._test_loop = AttackLoop(runner, loader, attack, [b / 255 for b in args.budgets])
+        return runner.test()
+
     clean = scores.once('clean', lambda: test(cfg.test_dataloader))
     found = {}
     for name in () if args.no_corruptions else args.corruptions:
@@ -85,14 +97,12 @@ def main() -> None:
             )
     if found:
         # Accuracy and mIoU go to 100 in these libraries, average precision to 1.
+        scores.known.pop('mCE over baseline', None)  # It may be over another one.
         scores.note(summary(clean, found, 'mAP' not in args.metric, baseline))
     for attack in args.attacks:
-        names = [f'{attack}, {budget:g}/255' for budget in args.budgets]
-        if not set(names) <= set(scores.known):
-            loader = runner.build_dataloader(cfg.test_dataloader)
-            budgets = [budget / 255 for budget in args.budgets]
-            runner._test_loop = AttackLoop(runner, loader, attack, budgets)
-            scores.note(runner.test())
+        # What a smaller budget breaks counts as broken by a larger one, so all belong together.
+        name = f'{attack}, budgets {" ".join(f"{budget:g}" for budget in args.budgets)}'
+        scores.note(scores.once(name, lambda attack=attack: attacked(attack)))
 
 
 def read_baseline(path: str, metric: str) -> dict[tuple[str, int], float]:
@@ -113,28 +123,31 @@ class Scores:
 
     Args:
         args: of the tool.
+        cfg: the config with all options, for what decides the scores.
 
     Raises:
-        ValueError: the file has scores of another config, option, checkpoint or metric.
+        ValueError: the file has scores of another model, checkpoint, test set or metric.
     """
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, cfg: Config) -> None:
         self.file = Path(args.out) if args.out else None
-        self.about = dict(
-            config=args.config,
-            options=str(args.cfg_options),
-            checkpoint=args.checkpoint,
-            changed=Path(args.checkpoint).stat().st_mtime,
-            metric=args.metric,
-        )
+        parts = ('model', 'data_preprocessor', 'test_dataloader', 'test_evaluator', 'custom_hooks')
+        tested = json.dumps({part: cfg.get(part) for part in parts}, sort_keys=True, default=str)
+        self.about = {
+            'checkpoint': str(Path(args.checkpoint).resolve()),
+            'checkpoint written at': Path(args.checkpoint).stat().st_mtime,
+            'metric': args.metric,
+            # Of model, test set and evaluator: config, options and --policy.
+            'config with digest': hashlib.sha1(tested.encode()).hexdigest()[:12],
+        }
         self.known: dict = {}
         if self.file and self.file.exists():
             before = json.loads(self.file.read_text())
             for key, value in self.about.items():
                 if before['about'].get(key) != value:
                     raise ValueError(
-                        f'{self.file} has the scores of {key} {before["about"].get(key)}, not of '
-                        f'{value}: name another file'
+                        f'{self.file} has the scores of another {key.split(" w")[0]}: {key} '
+                        f'{before["about"].get(key)}, here {value}; name another file'
                     )
             self.known = before['scores']
 

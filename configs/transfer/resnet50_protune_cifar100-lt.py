@@ -1,4 +1,5 @@
-# CIFAR-100 with a hundred times more images of the first class than of the last.
+# CIFAR-100 with a hundred times more images of the first class than of the last: 450 of them, because
+# every tenth validates. Another ratio has to be that of `train_dataloader` and of `shots`, as in -lt10.
 _base_ = ['./resnet50_protune_cifar100.py']
 
 long_tail = dict(type='protune_mm.LongTailed', ratio=100, dataset=_base_.train_dataloader.dataset)

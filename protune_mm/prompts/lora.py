@@ -85,7 +85,7 @@ class LoRA(Prompt):
             plain = isinstance(layer, nn.Linear) or (
                 isinstance(layer, nn.Conv2d)
                 and layer.groups == 1
-                # What they multiply with is no longer the sum that is merged.
+                # A merged weight would be standardized with what was added to it.
                 and not isinstance(layer, ConvWS2d | ConvAWS2d)
             )
             return plain and (not layers or name in layers)

@@ -17,7 +17,8 @@ class Mona(Prompt):
     Source: *5%>100%: Breaking Performance Shackles of Full Fine-Tuning on Visual Recognition
     Tasks*, arXiv 2408.08345, Section 3.2: the input, its layer norm added with a small weight, is
     reduced by a 1x1 convolution; the mean of a 3x3, a 5x5 and a 7x7 depth-wise convolution and then
-    a 1x1 convolution are each added to what they read; GELU and a 1x1 convolution lead back. The
+    a 1x1 convolution are each added to what they read; GELU and a 1x1 convolution lead back.
+    Copies of its authors' code have a dropout of 0.1 before the last convolution, this has not. The
     paper has another one after the attention of every block; here there is the one after the
     block, so that it serves backbones without attention too.
 

@@ -1,6 +1,6 @@
 """Scores under corruption, attack, imbalance and a change of the classes."""
 
-from .attacks import ATTACKS, AttackLoop, PixelModel, check_attack, robust_accuracy
+from .attacks import ATTACKS, AttackLoop, PixelModel, attack_library, check_attack, robust_accuracy
 from .class_map import ClassMap, MappedAccuracy
 from .corruptions import CORRUPTIONS, Corrupt, after_loading, corrupted, summary
 from .shots import ShotAccuracy
@@ -15,6 +15,7 @@ __all__ = [
     'PixelModel',
     'ShotAccuracy',
     'after_loading',
+    'attack_library',
     'check_attack',
     'corrupted',
     'robust_accuracy',

@@ -130,14 +130,19 @@ def check_attack(
             f'autoattack needs at least 4 classes; there are {classes}: its loss compares with '
             'the third best'
         )
-    _library()
+    attack_library()
 
 
 def _stacked(inputs: Tensor | list[Tensor]) -> Tensor:
     return inputs if isinstance(inputs, Tensor) else torch.stack(inputs)
 
 
-def _library() -> Any:
+def attack_library() -> Any:
+    """The library that attacks.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
     try:
         import torchattacks
     except ModuleNotFoundError as error:
@@ -148,7 +153,7 @@ def _library() -> Any:
 
 
 def _attacker(attack: str, model: PixelModel, budget: float) -> Any:
-    torchattacks = _library()
+    torchattacks = attack_library()
     if attack == 'fgsm':
         return torchattacks.FGSM(model, eps=budget)
     if attack == 'pgd':
@@ -158,7 +163,7 @@ def _attacker(attack: str, model: PixelModel, budget: float) -> Any:
 
 @LOOPS.register_module()
 class AttackLoop(TestLoop):
-    """Test loop of a classifier under attack, with the hooks of every test.
+    """Test loop of a classifier under attack, with the hooks before and after every test.
 
     So the model is what a test would see: loaded from its checkpoint, its averaged weights in
     place. Where the data set is a :class:`protune_mm.ClassMap` only its classes are answers.

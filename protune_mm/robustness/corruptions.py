@@ -32,8 +32,9 @@ _corrupted_images: dict[tuple, np.ndarray] = {}
 class Corrupt(BaseTransform):
     """Corrupt an image with the library ``imagecorruptions``, the same way each time.
 
-    The random numbers follow from the path of the image, or from the image itself where it has
-    none, so that every model sees the same images.
+    Its strengths are made for photographs of ImageNet's size: images of 32x32 pixels are hit
+    harder than in CIFAR-10-C. The random numbers follow from the path of the image, or from the
+    image itself where it has none, so that every model sees the same images.
 
     Args:
         corruption: one of :data:`CORRUPTIONS`.
@@ -134,7 +135,7 @@ def corrupted(dataloader: dict, corruption: str, severity: int, cache: bool = Fa
         corruption, severity, cache: as of :class:`Corrupt`.
 
     Raises:
-        ValueError: its data set has no pipeline.
+        ValueError: its data set has no pipeline, or none that loads an image.
     """
     step = dict(type='protune_mm.Corrupt', corruption=corruption, severity=severity, cache=cache)
     _, loaded = _test_pipeline(dataloader)
@@ -144,14 +145,14 @@ def corrupted(dataloader: dict, corruption: str, severity: int, cache: bool = Fa
 def after_loading(dataloader: dict, steps: list[dict]) -> dict:
     """A copy of a test dataloader's config with transforms right after an image is loaded.
 
-    Sets such as CIFAR hold their images and load none: there the transforms come first.
+    CIFAR's data sets hold their images and load none: there the transforms come first.
 
     Args:
         dataloader: the config, unchanged.
         steps: the transforms.
 
     Raises:
-        ValueError: its data set has no pipeline.
+        ValueError: its data set has no pipeline, or none that loads an image.
     """
     dataloader = copy.deepcopy(dataloader)
     pipeline, loaded = _test_pipeline(dataloader)
@@ -168,7 +169,10 @@ def _test_pipeline(dataloader: dict) -> tuple[list[dict], int]:
         raise ValueError(
             f'the test data set, {dataset.get("type")}, has no `pipeline`: no step can be added'
         )
-    loads = [i for i, s in enumerate(dataset['pipeline']) if 'LoadImage' in str(s.get('type'))]
+    types = [str(step.get('type')) for step in dataset['pipeline']]
+    loads = [i for i, name in enumerate(types) if 'Load' in name and 'Annotation' not in name]
+    if not loads and 'CIFAR' not in str(dataset.get('type')):
+        raise ValueError('the test pipeline has no LoadImageFromFile: nothing can follow it')
     return dataset['pipeline'], loads[0] + 1 if loads else 0
 
 

@@ -8,6 +8,7 @@ import inspect
 import itertools
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from mmengine.config import Config
 from protune_mm import load_config
 from protune_mm.prompt_config import DEFAULT_PROMPT
 from protune_mm.registry import PROMPTS
-from protune_mm.robustness import ATTACKS
+from protune_mm.robustness import ATTACKS, CORRUPTIONS, Corrupt, attack_library
 
 METHODS: dict[str, dict] = {
     'full': dict(policy='full'),
@@ -105,8 +106,8 @@ class Study:
         path: of a file such as ``configs/study/cpu.py``.
 
     Raises:
-        ValueError: it names an unknown method or a variant as a method is named, or a task lacks a
-            part or has an unknown one.
+        ValueError: a method is unknown, a variant has the name of a method, or a task lacks a part
+            or has one that is unknown or out of range.
     """
 
     def __init__(self, path: str) -> None:
@@ -177,7 +178,9 @@ class Study:
         for severity in wanted.get('severities', ()):
             if severity not in range(1, 6):
                 raise ValueError(f'{where}: scenarios.severities has {severity}: use 1 to 5')
-        for attack in wanted.get('attacks', {}):
+        for attack, budgets in wanted.get('attacks', {}).items():
+            if list(budgets) != sorted({budget for budget in budgets if budget >= 0}):
+                raise ValueError(f'{where}: budgets of {attack}, {budgets}, do not grow from 0 on')
             if attack not in ATTACKS:
                 raise ValueError(f"{where}: attack '{attack}' is unknown: use {', '.join(ATTACKS)}")
             if not task['metrics'][0].startswith('accuracy/'):
@@ -185,21 +188,26 @@ class Study:
                     f'{where}: attacks are for classifiers; {task["metrics"][0]} is no accuracy'
                 )
 
-    def check_splits(self) -> None:
-        """Refuse a task that chooses by the images it is tested on.
+    def check_ready(self, tasks: Iterable[str]) -> None:
+        """Look for what some tasks need, before the first run.
 
         Raises:
-            ValueError: its validation and test dataloaders read the same images.
+            ValueError: a config has no dataloader of a split.
+            ModuleNotFoundError: a library that corrupts or attacks is not installed.
         """
-        for name, task in self.tasks.items():
+        for name in tasks:
+            task = self.tasks[name]
             cfg = load_config(task['config'], cfg_options=dict(task.get('cfg_options', {})))
-            read = [_images(cfg[f'{split}_dataloader'].dataset) for split in ('val', 'test')]
-            if read[0] == read[1]:
-                raise ValueError(
-                    f"{self.path}: task '{name}' validates on its test images: give "
-                    f'val_dataloader in {task["config"]} a part of the training set, such as '
-                    'protune_mm.FewLabels with rest=True, or `indices`'
-                )
+            for split in ('train', 'val', 'test'):
+                if not cfg.get(f'{split}_dataloader'):
+                    raise ValueError(
+                        f"{self.path}: task '{name}': {task['config']} has no {split}_dataloader"
+                    )
+            wanted = task.get('scenarios', {})
+            if wanted.get('severities'):
+                Corrupt(CORRUPTIONS[0], 1)
+            if wanted.get('attacks'):
+                attack_library()
 
     def runs(self) -> list[Run]:
         """All runs: what can be compared first comes first."""
@@ -246,7 +254,7 @@ class Study:
         if options.get('policy', 'prompts') == 'prompts':
             prompt = options.get('prompt')
             kind = prompt.get('type') if isinstance(prompt, dict) else None
-            plan['prompt'] = str(inspect.signature(PROMPTS.get(kind or 'ProTuningBlock')))
+            plan['prompt'] = _defaults(PROMPTS.get(kind or 'ProTuningBlock'))
             plan['placed'] = str(DEFAULT_PROMPT)
         return hashlib.sha1(json.dumps(plan, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
@@ -261,11 +269,8 @@ class Study:
         return self._configs[path]
 
 
-def _images(dataset: dict) -> dict:
-    """What of a data set's config says which images it has."""
-    how = ('pipeline', 'test_mode', 'lazy_init', 'filter_cfg', 'serialize_data')
-    return {
-        key: _images(value) if isinstance(value, dict) else value
-        for key, value in dataset.items()
-        if key not in how
-    }
+def _defaults(kind: type) -> str:
+    """Options of a prompt type and their defaults, but for what the layer beside it decides."""
+    signature = inspect.signature(kind)
+    own = [p for p in signature.parameters.values() if p.name != 'conv_type']
+    return str(signature.replace(parameters=own))

@@ -116,11 +116,6 @@ def hundredths(metric: str) -> float:
     return 100.0 if 'mAP' in metric else 1.0
 
 
-def nth(every: int) -> str:
-    """In words: every second, every third, every 16th."""
-    return f'every {dict(enumerate(("second", "third"), 2)).get(every, f"{every}th")}'
-
-
 def slug(*words: object) -> str:
     """A file name of some words."""
     return re.sub(r'[^a-z0-9.]+', '-', ' '.join(map(str, words)).lower()).strip('-')
@@ -214,6 +209,7 @@ def report(
     """The document."""
     shown = 'Test scores' if final else 'Validation scores'
     told = (out / 'findings.md').exists()
+    meaning = ' [findings.md](findings.md) says what the numbers mean.' if told else ''
     more = '' if final else f' --results {study.results_name}'
     text = [
         '# Study' if final else '# Ablations',
@@ -227,8 +223,8 @@ def report(
         'precision is in points of 100. Corruption errors are plain means, not divided by another',
         "network's.",
         '',
-        'What the methods are, and where the rate in the backbone is not that of the head, says',
-        f'`{study.path}`{"; what the numbers mean, [findings.md](findings.md)" if told else ""}.',
+        f'`{study.path}` has the options of every method, and its rate in the backbone over',
+        f'that of the head.{meaning}',
         '',
         f'    python tools/study.py {study.path}{more}',
         '',
@@ -239,7 +235,8 @@ def report(
         first = next(iter(methods.values()))['runs'][0]
         plan = study.tasks[task]
         every = plan.get('scenarios', {}).get('every', 1)
-        part = f', {nth(every)} test image' if metric not in plan['metrics'] and every > 1 else ''
+        part = f', on 1 of {every} test images' if metric not in plan['metrics'] else ''
+        part = part if every > 1 else ''
         of_test, of_val = hundredths(metric), hundredths(plan['metrics'][0])
         text += [
             f'## {task}, {fraction:.0%} of the labels, {metric}',

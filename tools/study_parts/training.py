@@ -19,14 +19,14 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.logging import MessageHub, MMLogger
 from mmengine.model import BaseModel
-from mmengine.registry import DefaultScope
+from mmengine.registry import DATASETS, DefaultScope
 from mmengine.runner import Runner, TestLoop
 from mmengine.visualization import Visualizer
 
 import protune_mm
 from protune_mm import cli
 from protune_mm.compat import stack_versions
-from protune_mm.config import config_backbones
+from protune_mm.config import config_backbones, library
 from protune_mm.frozen import prompt_parameters
 from protune_mm.hooks import DivergedError
 from protune_mm.lean.memory import kept_bytes
@@ -79,6 +79,10 @@ class StepTime(Hook):
         return round(statistics.median(self.steps[2:]), 4) if len(self.steps) > 2 else None
 
 
+apart: set[tuple] = set()
+"""Studies, tasks, fractions and seeds whose splits have no image in common."""
+
+
 @functools.cache
 def study_of(path: str) -> Study:
     """A study's file, read once a process."""
@@ -103,6 +107,9 @@ def train(path: str, key: str) -> dict:
     plain = mock.patch('mmengine.config.config.FormatCode', lambda text, **_: (text, True))
     with tempfile.TemporaryDirectory(prefix='study_') as work, plain:
         cfg = config_of(study, run, work)
+        if (path, run.task, run.fraction, run.seed) not in apart:
+            check_apart(cfg, run.task)
+            apart.add((path, run.task, run.fraction, run.seed))
         runner = cli.build_runner(cfg)
         if task.get('channels_last'):
             runner.model.to(memory_format=torch.channels_last)
@@ -171,6 +178,29 @@ def train(path: str, key: str) -> dict:
     return dict(key=key, status='diverged' if diverged else 'ok', reason='', lines=lines)
 
 
+def check_apart(cfg: Config, task: str) -> None:
+    """Refuse a task that trains on images it chooses or is tested by, or chooses by test images.
+
+    Raises:
+        ValueError: two of its splits have an image in common.
+    """
+    seen: dict[str, set] = {}
+    with DefaultScope.overwrite_default_scope(library(cfg)):
+        for split in ('train', 'val', 'test'):
+            dataset = DATASETS.build(copy.deepcopy(cfg[f'{split}_dataloader'].dataset))
+            infos = (dataset.get_data_info(i) for i in range(len(dataset)))
+            # Sets such as CIFAR hold their images and have no paths.
+            found = {info.get('img_path') or info['img'].tobytes() for info in infos}
+            for other, images in seen.items():
+                if found & images:
+                    raise ValueError(
+                        f"task '{task}': {len(found & images)} of {len(found)} images of its "
+                        f'{split} split are in its {other} split: give them images of their own, '
+                        'by protune_mm.FewLabels and its rest=True, or by `indices`'
+                    )
+            seen[split] = found
+
+
 def is_finite(model: BaseModel) -> bool:
     """Whether all weights that train are numbers."""
     return all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad)
@@ -225,7 +255,9 @@ def scenario_scores(runner: Runner, cfg: Config, task: dict, run: Run) -> dict[s
         return score(runner.test(), metric, run)
 
     for name, steps in wanted.get('shifts', {}).items():
-        found[f'shifted, {name}'] = test(after_loading(plain, list(steps)))
+        # In points of 100, as all scores that are not of a metric of the task.
+        score_there = test(after_loading(plain, list(steps)))
+        found[f'shifted, {name}'] = score_there * (100 if 'mAP' in metric else 1)
     for severity in wanted.get('severities', ()):
         scores = {
             (name, severity): test(corrupted(plain, name, severity, cache=True))
@@ -235,7 +267,8 @@ def scenario_scores(runner: Runner, cfg: Config, task: dict, run: Run) -> dict[s
         found[f'100 - mCE, severity {severity}'] = 100 - error
     for attack, budgets in wanted.get('attacks', {}).items():
         loader = runner.build_dataloader(plain)
-        values = robust_accuracy(runner.model, loader, attack, [b / 255 for b in budgets])
+        answers = loader.dataset.metainfo.get('subset')
+        values = robust_accuracy(runner.model, loader, attack, [b / 255 for b in budgets], answers)
         for budget, value in zip(budgets, values.values(), strict=True):
             found[f'{attack}, {budget:g}/255'] = value
     return found

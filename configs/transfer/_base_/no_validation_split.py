@@ -1,6 +1,6 @@
 # For sets without a validation split: every tenth training image, at random, validates. A child names
-# the set: `dataset=dict(dataset=dict(type=..., data_root=..., split='train'))`. Another fraction or seed
-# has to be that of both dataloaders, or images that train validate too.
+# the set: `dataset=dict(dataset=dict(type=..., data_root=..., split='train'))`. With a smaller fraction
+# to train on the same images validate; a larger one, or another seed, has to be that of both dataloaders.
 _base_ = ['./resnet50.py']
 
 train_dataloader = dict(
