@@ -62,9 +62,9 @@ def main() -> None:
     baseline = read_baseline(args.baseline, args.metric) if args.baseline else None
     runner = cli.build_runner(cfg)
     # What cannot be done is told before the first test.
+    loader = runner.build_dataloader(cfg.test_dataloader) if args.attacks else None
     for attack in args.attacks:
-        answers = runner.build_dataloader(cfg.test_dataloader).dataset.metainfo.get('subset')
-        check_attack(runner.model, attack, args.budgets, answers)
+        check_attack(runner.model, attack, args.budgets, loader.dataset.metainfo.get('subset'))
     if not args.no_corruptions:
         corrupted(cfg.test_dataloader, args.corruptions[0], 0)
         Corrupt(args.corruptions[0], 1)
@@ -81,7 +81,6 @@ def main() -> None:
         return float(metrics[args.metric])
 
     def attacked(attack: str) -> dict[str, float]:
-        loader = runner.build_dataloader(cfg.test_dataloader)
         runner._test_loop = AttackLoop(runner, loader, attack, [b / 255 for b in args.budgets])
         return runner.test()
 

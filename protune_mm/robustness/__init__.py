@@ -1,6 +1,14 @@
 """Scores under corruption, attack, imbalance and a change of the classes."""
 
-from .attacks import ATTACKS, AttackLoop, PixelModel, attack_library, check_attack, robust_accuracy
+from .attacks import (
+    ATTACKS,
+    AttackLoop,
+    PixelModel,
+    attack_library,
+    check_attack,
+    check_budgets,
+    robust_accuracy,
+)
 from .class_map import ClassMap, MappedAccuracy
 from .corruptions import CORRUPTIONS, Corrupt, after_loading, corrupted, summary
 from .shots import ShotAccuracy
@@ -17,6 +25,7 @@ __all__ = [
     'after_loading',
     'attack_library',
     'check_attack',
+    'check_budgets',
     'corrupted',
     'robust_accuracy',
     'summary',

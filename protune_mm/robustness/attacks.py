@@ -104,6 +104,19 @@ def _devices(device: torch.device) -> list[torch.device]:
     return [device] if device.type == 'cuda' else []
 
 
+def check_budgets(attack: str, budgets: Sequence[float]) -> None:
+    """Refuse an attack that is unknown, or budgets that do not grow.
+
+    Raises:
+        ValueError: it is, or they do not.
+    """
+    if attack not in ATTACKS:
+        raise ValueError(f"attack='{attack}' is unknown: use one of {', '.join(ATTACKS)}")
+    budgets = list(budgets)
+    if not budgets or budgets[0] < 0 or budgets != sorted(set(budgets)):
+        raise ValueError(f'budgets={budgets} do not grow from 0 on')
+
+
 def check_attack(
     model: nn.Module, attack: str, budgets: Sequence[float], answers: Sequence[int] | None = None
 ) -> None:
@@ -119,11 +132,7 @@ def check_attack(
         ValueError: an unknown attack, budgets that do not grow, too few classes, or no classifier.
         ModuleNotFoundError: the library is not installed.
     """
-    if attack not in ATTACKS:
-        raise ValueError(f"attack='{attack}' is unknown: use one of {', '.join(ATTACKS)}")
-    budgets = list(budgets)
-    if not budgets or budgets[0] < 0 or budgets != sorted(set(budgets)):
-        raise ValueError(f'budgets={budgets} do not grow from 0 on')
+    check_budgets(attack, budgets)
     classes = len(PixelModel(model, answers).answers)
     if attack == 'autoattack' and classes < 4:
         raise ValueError(

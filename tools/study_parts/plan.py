@@ -17,7 +17,7 @@ from mmengine.config import Config
 from protune_mm import load_config
 from protune_mm.prompt_config import DEFAULT_PROMPT
 from protune_mm.registry import PROMPTS
-from protune_mm.robustness import ATTACKS, CORRUPTIONS, Corrupt, attack_library
+from protune_mm.robustness import CORRUPTIONS, Corrupt, attack_library, check_budgets
 
 METHODS: dict[str, dict] = {
     'full': dict(policy='full'),
@@ -179,10 +179,10 @@ class Study:
             if severity not in range(1, 6):
                 raise ValueError(f'{where}: scenarios.severities has {severity}: use 1 to 5')
         for attack, budgets in wanted.get('attacks', {}).items():
-            if list(budgets) != sorted({budget for budget in budgets if budget >= 0}):
-                raise ValueError(f'{where}: budgets of {attack}, {budgets}, do not grow from 0 on')
-            if attack not in ATTACKS:
-                raise ValueError(f"{where}: attack '{attack}' is unknown: use {', '.join(ATTACKS)}")
+            try:
+                check_budgets(attack, budgets)
+            except ValueError as error:
+                raise ValueError(f'{where}: {error}') from error
             if not task['metrics'][0].startswith('accuracy/'):
                 raise ValueError(
                     f'{where}: attacks are for classifiers; {task["metrics"][0]} is no accuracy'

@@ -30,7 +30,7 @@ from protune_mm.config import config_backbones, library
 from protune_mm.frozen import prompt_parameters
 from protune_mm.hooks import DivergedError
 from protune_mm.lean.memory import kept_bytes
-from protune_mm.robustness import CORRUPTIONS, after_loading, corrupted, robust_accuracy, summary
+from protune_mm.robustness import CORRUPTIONS, AttackLoop, after_loading, corrupted, summary
 
 from .plan import Run, Study
 
@@ -267,10 +267,8 @@ def scenario_scores(runner: Runner, cfg: Config, task: dict, run: Run) -> dict[s
         found[f'100 - mCE, severity {severity}'] = 100 - error
     for attack, budgets in wanted.get('attacks', {}).items():
         loader = runner.build_dataloader(plain)
-        answers = loader.dataset.metainfo.get('subset')
-        values = robust_accuracy(runner.model, loader, attack, [b / 255 for b in budgets], answers)
-        for budget, value in zip(budgets, values.values(), strict=True):
-            found[f'{attack}, {budget:g}/255'] = value
+        runner._test_loop = AttackLoop(runner, loader, attack, [b / 255 for b in budgets])
+        found |= runner.test()
     return found
 
 
