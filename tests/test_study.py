@@ -193,6 +193,7 @@ def test_bad_input(study, tmp_path, change, more, message):
         ('[1.0]', '[1.5]', "task 'small': fraction 1.5 is no part of the labels"),
         ('steps=3,', 'steps=3, full_lr_mult=0,', "task 'small': full_lr_mult=0 is no factor"),
         ('steps=3,', "steps=3, methods=['lorra'],", "task 'small': method 'lorra' is unknown"),
+        ('steps=3,', 'steps=3, options=dict(lorra={}),', "options: method 'lorra' is unknown"),
         ('steps=3,', 'steps=3, scenarios=dict(severity=[3]),', 'scenarios.severity is unknown'),
         ('steps=3,', 'steps=3, scenarios=dict(severities=[6]),', 'severities has 6: use 1 to 5'),
         ('steps=3,', 'steps=3, scenarios=dict(attacks=dict(pgm=[1])),', "'pgm' is unknown"),
@@ -226,12 +227,13 @@ def test_bad_tasks(study, tmp_path, old, new, message):
     ],
 )
 def test_no_image_is_in_two_splits(study, parts, change, message):
-    training, plan = parts['training'], parts['plan'].Study(str(study(**change)))
+    training, config_of = parts['training'], parts['run_config'].config_of
+    plan = parts['plan'].Study(str(study(**change)))
     run = plan.runs()[0]
     with pytest.raises(ValueError, match=f"task 'small': {message}: give them"):
-        training.check_apart(training.config_of(plan, run, ''), run.task)
+        training.check_apart(config_of(plan, run, ''), run.task)
     plan = parts['plan'].Study(str(study()))
-    training.check_apart(training.config_of(plan, run, ''), run.task)
+    training.check_apart(config_of(plan, run, ''), run.task)
 
 
 def test_a_metric_that_is_not_there_is_no_divergence(study, tmp_path):
@@ -245,14 +247,17 @@ def test_a_metric_that_is_not_there_is_no_divergence(study, tmp_path):
 @pytest.fixture
 def parts(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / 'tools'))
-    from study_parts import plan, report, training
+    from study_parts import plan, report, run_config, scenarios, training
 
-    return {'plan': plan, 'report': report, 'training': training}
+    return {
+        'plan': plan, 'report': report, 'run_config': run_config, 'scenarios': scenarios,
+        'training': training,
+    }  # fmt: skip
 
 
 def test_a_detector_that_finds_nothing_has_score_0(parts):
     run = parts['plan'].Run('t', 'full', 1.0, 1e-3, 0)
-    score = parts['training'].score
+    score = parts['scenarios'].score
     assert score({}, 'coco/bbox_mAP', run) == 0
     assert score({'100 - mCE, severity 3': 1.0}, 'coco/bbox_mAP', run) == 0
     assert score({'coco/bbox_mAP': 0.5}, 'coco/bbox_mAP', run) == 0.5
@@ -282,7 +287,7 @@ def test_the_rate_of_prompts_and_its_warmup(study, parts):
     change = {'steps=3': 'steps=30', 'dict(prompt=dict(rank=1))': line}
     plan = parts['plan'].Study(str(study(**change)))
     run = plan.runs()[0]
-    cfg = parts['training'].config_of(plan, run, '')
+    cfg = parts['run_config'].config_of(plan, run, '')
     assert run.method == 'lora'
     assert cfg.optim_wrapper.paramwise_cfg.prompt_lr_mult == 0.3
     assert cfg.param_scheduler[-1] == dict(type='protune_mm.PromptWarmup', end=15)
@@ -290,9 +295,21 @@ def test_the_rate_of_prompts_and_its_warmup(study, parts):
     assert not {'prompt_lr_mult', 'prompt_warmup'} & set(cfg.model.backbone)
 
 
+def test_a_task_has_options_of_its_own(study, parts):
+    plain = parts['plan'].Study(str(study()))
+    line = 'steps=3, options=dict(lora=dict(prompt_lr_mult=0.3, prompt=dict(scale=0.5))),'
+    plan = parts['plan'].Study(str(study(**{'steps=3,': line})))
+    assert plan.backbone_options('small', 'lora') == dict(
+        prompt=dict(type='LoRA', rank=1, scale=0.5), prompt_lr_mult=0.3
+    )
+    for old, new in zip(plain.runs(), plan.runs(), strict=True):
+        # Results of the methods that the task leaves as they are stay results of this study.
+        assert (plain.setting(old) == plan.setting(new)) == (new.method != 'lora')
+
+
 def test_a_long_tail_counts_the_images_that_are_left(study, parts):
     plan = parts['plan'].Study(str(study(**{'steps=3': 'steps=3, long_tail=2', '[1.0]': '[0.7]'})))
-    cfg = parts['training'].config_of(plan, plan.runs()[0], '')
+    cfg = parts['run_config'].config_of(plan, plan.runs()[0], '')
     train = cfg.train_dataloader.dataset
     assert (train.type, train.dataset.type) == ('protune_mm.FewLabels', 'protune_mm.LongTailed')
     for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
@@ -387,7 +404,7 @@ def test_a_multiplier_of_a_task_is_for_what_trains_in_the_backbone(study, parts)
         str(study(methods, **more, **{'steps=3': f'{own}, cfg_options={{{rules}}}'}))
     )
     for run in other.runs():  # What the optimizer makes of it.
-        cfg = parts['training'].config_of(other, run, '')
+        cfg = parts['run_config'].config_of(other, run, '')
         model = MODELS.build(cfg.model)
         wrapper = build_optim_wrapper(model, wrap_constructor(cfg.optim_wrapper))
         rates = {
@@ -405,7 +422,7 @@ def test_images_that_a_fraction_leaves_out_validate(study, parts):
         "steps=3, validate_on_rest=True, cfg_options={'val_dataloader.dataset.pipeline.1.scale': 9}"
     )
     plan = parts['plan'].Study(str(study(**{'steps=3': own, '[1.0]': '[0.7]'})))
-    cfg = parts['training'].config_of(plan, plan.runs()[0], '')
+    cfg = parts['run_config'].config_of(plan, plan.runs()[0], '')
     with DefaultScope.overwrite_default_scope('mmpretrain'):
         train, val = (
             DATASETS.build(loader.dataset) for loader in (cfg.train_dataloader, cfg.val_dataloader)

@@ -38,7 +38,7 @@ METHODS: dict[str, dict] = {
 NEEDED = ('config', 'backbone', 'metrics', 'fractions', 'steps')
 OPTIONAL = (
     'few_steps', 'lrs', 'cfg_options', 'channels_last', 'long_tail', 'scenarios', 'prompt_lr_mult',
-    'full_lr_mult', 'validate_on_rest', 'methods',
+    'full_lr_mult', 'validate_on_rest', 'methods', 'options',
 )  # fmt: skip
 """Keys of a task."""
 SCENARIOS = ('every', 'severities', 'shifts', 'attacks')
@@ -98,9 +98,9 @@ class Study:
     of the common corruptions, ``shifts`` (transforms that make another domain of the test split, by
     name), ``attacks`` with budgets in 255ths, on ``every`` such test image.
 
-    ``options`` (by backbone, then method) and ``variants`` (methods of this file) are what the line
-    of the backbone gets, and besides ``prompt_lr_mult`` and ``prompt_warmup``, the part of the
-    steps that :class:`protune_mm.optim.PromptWarmup` takes.
+    ``options`` (by backbone, then method; of a task by method, over those) and ``variants``
+    (methods of this file) are what the line of the backbone gets, and besides ``prompt_lr_mult``
+    and ``prompt_warmup``, the part of the steps that :class:`protune_mm.optim.PromptWarmup` takes.
 
     Args:
         path: of a file such as ``configs/study/cpu.py``.
@@ -132,7 +132,7 @@ class Study:
         for name, task in self.tasks.items():
             self._check_task(name, task)
 
-    def _check_methods(self, where: str, methods: list[str]) -> None:
+    def _check_methods(self, where: str, methods: Iterable[str]) -> None:
         known = {**METHODS, **self.variants}
         for method in methods:
             if method not in known:
@@ -149,6 +149,7 @@ class Study:
                     f'{where} has `{key}`, which is unknown: a task may have {", ".join(OPTIONAL)}'
                 )
         self._check_methods(where, task.get('methods', ()))
+        self._check_methods(f'{where}: options', task.get('options', ()))
         self._check_scenarios(where, task)
         if '::' not in task['config'] and not Path(task['config']).exists():
             raise ValueError(f'{where} has no config {task["config"]}')
@@ -229,9 +230,10 @@ class Study:
             found = copy.deepcopy(self.variants[method])
         else:
             found = copy.deepcopy(METHODS[method])
-            family = self.options.get(plan['backbone'], {})
-            for key, value in (family.get(method) or {}).items():
-                found[key] = {**found.get(key, {}), **value} if isinstance(value, dict) else value
+            for chosen in (self.options.get(plan['backbone'], {}), plan.get('options', {})):
+                for key, value in (chosen.get(method) or {}).items():
+                    old = found.get(key, {})
+                    found[key] = {**old, **value} if isinstance(value, dict) else value
         policy = found.get('policy')
         key = {'full': 'full_lr_mult', 'head-only': ''}.get(policy, 'prompt_lr_mult')
         if key in plan:
@@ -245,7 +247,7 @@ class Study:
         study.
         """
         # A multiplier is among the options of the methods that it concerns.
-        apart = ['fractions', 'lrs', 'methods', 'prompt_lr_mult', 'full_lr_mult']
+        apart = ['fractions', 'lrs', 'methods', 'options', 'prompt_lr_mult', 'full_lr_mult']
         if run.fraction == 1:
             apart.append('validate_on_rest')  # There is no rest.
         task = {k: v for k, v in self.tasks[run.task].items() if k not in apart}

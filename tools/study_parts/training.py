@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import functools
 import logging
@@ -10,7 +9,6 @@ import math
 import statistics
 import tempfile
 import time
-import uuid
 import warnings
 from unittest import mock
 
@@ -20,7 +18,7 @@ from mmengine.hooks import Hook
 from mmengine.logging import MessageHub, MMLogger
 from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, DefaultScope
-from mmengine.runner import Runner, TestLoop
+from mmengine.runner import Runner
 from mmengine.visualization import Visualizer
 
 import protune_mm
@@ -30,9 +28,10 @@ from protune_mm.config import config_backbones, library
 from protune_mm.frozen import prompt_parameters
 from protune_mm.hooks import DivergedError
 from protune_mm.lean.memory import kept_bytes
-from protune_mm.robustness import CORRUPTIONS, AttackLoop, after_loading, corrupted, summary
 
 from .plan import Run, Study
+from .run_config import config_of, steps_of
+from .scenarios import scenario_metrics, scenario_scores, score
 
 
 class StopWhenDiverged(Hook):
@@ -204,141 +203,6 @@ def check_apart(cfg: Config, task: str) -> None:
 def is_finite(model: BaseModel) -> bool:
     """Whether all weights that train are numbers."""
     return all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad)
-
-
-def score(found: dict, metric: str, run: Run) -> float:
-    """One of the scores of a run that did not diverge.
-
-    Raises:
-        ValueError: it is not among them, or no number.
-    """
-    # Of a detector that finds nothing in any image mmdet's metric tells no score at all.
-    silent = metric.startswith('coco/') and not any(key.startswith('coco/') for key in found)
-    value = float(found.get(metric, 0.0 if silent else math.nan))
-    if not math.isfinite(value):
-        there = ', '.join(f'{key} {value}' for key, value in found.items())
-        raise ValueError(f"task '{run.task}': no score {metric}: there are {there}")
-    return value
-
-
-def scenario_metrics(task: dict) -> list[str]:
-    """Names of the scores under corruption and attack that a task asks for."""
-    wanted = task.get('scenarios', {})
-    names = [f'100 - mCE, severity {s}' for s in wanted.get('severities', ())]
-    names += [f'shifted, {name}' for name in wanted.get('shifts', ())]
-    return names + [
-        f'{attack}, {budget:g}/255'
-        for attack, budgets in wanted.get('attacks', {}).items()
-        for budget in budgets
-    ]
-
-
-def scenario_scores(runner: Runner, cfg: Config, task: dict, run: Run) -> dict[str, float]:
-    """Scores under corruption and attack, on a part of the test split."""
-    wanted = task.get('scenarios')
-    if not wanted:
-        return {}
-    plain, evaluator = copy.deepcopy(cfg.test_dataloader), copy.deepcopy(cfg.test_evaluator)
-    every = wanted.get('every', 1)
-    if every > 1:
-        chosen = plain.dataset.get('indices') or range(len(runner.test_dataloader.dataset))
-        plain.dataset.indices = list(chosen)[::every]
-        for metric in evaluator if isinstance(evaluator, list) else [evaluator]:
-            if metric.get('ann_file'):  # Else the images left out count as missed.
-                metric['ann_file'] = None
-    metric, found = task['metrics'][0], {}
-
-    def test(dataloader: dict) -> float:
-        runner._test_loop = TestLoop(
-            runner, runner.build_dataloader(dataloader), runner.build_evaluator(evaluator)
-        )
-        return score(runner.test(), metric, run)
-
-    for name, steps in wanted.get('shifts', {}).items():
-        # In points of 100, as all scores that are not of a metric of the task.
-        score_there = test(after_loading(plain, list(steps)))
-        found[f'shifted, {name}'] = score_there * (100 if 'mAP' in metric else 1)
-    for severity in wanted.get('severities', ()):
-        scores = {
-            (name, severity): test(corrupted(plain, name, severity, cache=True))
-            for name in CORRUPTIONS
-        }
-        error = summary(1.0, scores, per_cent='mAP' not in metric)['mCE']
-        found[f'100 - mCE, severity {severity}'] = 100 - error
-    for attack, budgets in wanted.get('attacks', {}).items():
-        loader = runner.build_dataloader(plain)
-        runner._test_loop = AttackLoop(runner, loader, attack, [b / 255 for b in budgets])
-        found |= runner.test()
-    return found
-
-
-def steps_of(task: dict, run: Run) -> int:
-    """Steps of a run: of the task; a small part of the data is not shown as often."""
-    return task['steps'] if run.fraction >= 0.5 else task.get('few_steps', task['steps'])
-
-
-def config_of(study: Study, run: Run, work: str) -> Config:
-    """The config of one run."""
-    task = study.tasks[run.task]
-    steps = steps_of(task, run)
-    cfg = protune_mm.load_config(task['config'], cfg_options=dict(task.get('cfg_options', {})))
-    options = study.backbone_options(run.task, run.method)
-    rules = cfg.optim_wrapper.get('paramwise_cfg') or {}
-    if 'prompt_lr_mult' in options:
-        rules['prompt_lr_mult'] = options.pop('prompt_lr_mult')
-    if 'full_lr_mult' in options:
-        of_backbone = rules.setdefault('custom_keys', {}).setdefault('backbone', {})
-        of_backbone['lr_mult'] = options.pop('full_lr_mult')
-    cfg.optim_wrapper.paramwise_cfg = rules
-    prompt_warmup = options.pop('prompt_warmup', None)
-    for _, backbone in config_backbones(cfg):
-        backbone.update(options)
-    cfg.optim_wrapper.optimizer.lr = run.lr
-    warm = max(1, steps // 10)
-    cfg.param_scheduler = [
-        dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=warm),
-        dict(type='CosineAnnealingLR', by_epoch=False, begin=warm, end=steps, T_max=steps - warm),
-    ]
-    if prompt_warmup:
-        end = max(2, round(steps * prompt_warmup))
-        cfg.param_scheduler.append(dict(type='protune_mm.PromptWarmup', end=end))
-    cfg.train_cfg = dict(type='IterBasedTrainLoop', max_iters=steps, val_interval=steps + 1)
-    loader = cfg.train_dataloader
-    loader.sampler = dict(type='InfiniteSampler', shuffle=True)
-    loader.pop('batch_sampler', None)
-    if 'long_tail' in task:
-        loader.dataset = dict(
-            type='protune_mm.LongTailed',
-            dataset=loader.dataset,
-            ratio=task['long_tail'],
-            seed=run.seed,
-        )
-    if run.fraction < 1:
-        few = dict(type='protune_mm.FewLabels', fraction=run.fraction, seed=run.seed)
-        if task.get('validate_on_rest'):
-            val = cfg.val_dataloader
-            like_val = {**loader.dataset, 'pipeline': val.dataset.pipeline}
-            rest = dict(few, dataset=like_val, rest=True)
-            val.dataset = dict(type='mmengine.ConcatDataset', datasets=[val.dataset, rest])
-        loader.dataset = dict(few, dataset=loader.dataset)
-    if 'long_tail' in task:
-        shots = dict(type='protune_mm.ShotAccuracy', dataset=loader.dataset)
-        for key in ('val_evaluator', 'test_evaluator'):
-            stock = cfg[key]
-            cfg[key] = [*(stock if isinstance(stock, list) else [stock]), shots]
-    cfg.default_hooks.checkpoint = None
-    cfg.default_hooks.logger = dict(type='LoggerHook', interval=10**9)
-    cfg.log_processor = dict(by_epoch=False)
-    cfg.log_level = 'ERROR'
-    cfg.randomness = dict(seed=run.seed)
-    cfg.experiment_name = f'study_{uuid.uuid4().hex}'
-    cfg.work_dir = work
-    cfg.visualizer = dict(type='Visualizer', vis_backends=[], name=cfg.experiment_name)
-    cfg.custom_hooks = []
-    cfg.setdefault('runner_type', 'protune_mm.ProTuneRunner')
-    switches = argparse.Namespace(no_pin_memory=True, no_persistent_workers=True)
-    cli.set_dataloader_defaults(cfg, switches)
-    return cfg
 
 
 def peak_memory(runner: Runner) -> int:

@@ -1,0 +1,79 @@
+"""Scores of a run on its test split: clean, corrupted, shifted, attacked."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+from mmengine.config import Config
+from mmengine.runner import Runner, TestLoop
+
+from protune_mm.robustness import CORRUPTIONS, AttackLoop, after_loading, corrupted, summary
+
+from .plan import Run
+
+
+def scenario_metrics(task: dict) -> list[str]:
+    """Names of the scores under corruption and attack that a task asks for."""
+    wanted = task.get('scenarios', {})
+    names = [f'100 - mCE, severity {s}' for s in wanted.get('severities', ())]
+    names += [f'shifted, {name}' for name in wanted.get('shifts', ())]
+    return names + [
+        f'{attack}, {budget:g}/255'
+        for attack, budgets in wanted.get('attacks', {}).items()
+        for budget in budgets
+    ]
+
+
+def scenario_scores(runner: Runner, cfg: Config, task: dict, run: Run) -> dict[str, float]:
+    """Scores under corruption and attack, on a part of the test split."""
+    wanted = task.get('scenarios')
+    if not wanted:
+        return {}
+    plain, evaluator = copy.deepcopy(cfg.test_dataloader), copy.deepcopy(cfg.test_evaluator)
+    every = wanted.get('every', 1)
+    if every > 1:
+        chosen = plain.dataset.get('indices') or range(len(runner.test_dataloader.dataset))
+        plain.dataset.indices = list(chosen)[::every]
+        for metric in evaluator if isinstance(evaluator, list) else [evaluator]:
+            if metric.get('ann_file'):  # Else the images left out count as missed.
+                metric['ann_file'] = None
+    metric, found = task['metrics'][0], {}
+
+    def test(dataloader: dict) -> float:
+        runner._test_loop = TestLoop(
+            runner, runner.build_dataloader(dataloader), runner.build_evaluator(evaluator)
+        )
+        return score(runner.test(), metric, run)
+
+    for name, steps in wanted.get('shifts', {}).items():
+        # In points of 100, as all scores that are not of a metric of the task.
+        score_there = test(after_loading(plain, list(steps)))
+        found[f'shifted, {name}'] = score_there * (100 if 'mAP' in metric else 1)
+    for severity in wanted.get('severities', ()):
+        scores = {
+            (name, severity): test(corrupted(plain, name, severity, cache=True))
+            for name in CORRUPTIONS
+        }
+        error = summary(1.0, scores, per_cent='mAP' not in metric)['mCE']
+        found[f'100 - mCE, severity {severity}'] = 100 - error
+    for attack, budgets in wanted.get('attacks', {}).items():
+        loader = runner.build_dataloader(plain)
+        runner._test_loop = AttackLoop(runner, loader, attack, [b / 255 for b in budgets])
+        found |= runner.test()
+    return found
+
+
+def score(found: dict, metric: str, run: Run) -> float:
+    """One of the scores of a run that did not diverge.
+
+    Raises:
+        ValueError: it is not among them, or no number.
+    """
+    # Of a detector that finds nothing in any image mmdet's metric tells no score at all.
+    silent = metric.startswith('coco/') and not any(key.startswith('coco/') for key in found)
+    value = float(found.get(metric, 0.0 if silent else math.nan))
+    if not math.isfinite(value):
+        there = ', '.join(f'{key} {value}' for key, value in found.items())
+        raise ValueError(f"task '{run.task}': no score {metric}: there are {there}")
+    return value
