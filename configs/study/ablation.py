@@ -71,6 +71,11 @@ variants = {
     'stages-plain': dict(prompt=dict(features='plain')),
     'adapter-64': dict(prompt=dict(type='Adapter', hidden=64)),
 }
+# How far a step moves what the prompts add, by their scale and width.
+scales = ['inside-hidden10-principal']
+for hidden, scale in ((10, 0.32), (10, 0.56), (10, 0.75), (14, 0.7), (14, 1.0)):
+    scales.append(f'inside-hidden{hidden}-principal-scale{scale:g}')
+    variants[scales[-1]] = dict(inside, prompt=dict(inside['prompt'], hidden=hidden, scale=scale))
 ends = ['full', 'head-only']  # To see how far the block has come.
 # What has inputs of several stages is where it makes a difference what the neck receives.
 with_neck = ['stages', 'stages-plain']
@@ -79,7 +84,8 @@ first = [
     'blocks-hidden48', 'blocks-hidden48-fan-in', 'norm-gelu', 'norm-linear', 'norm-relu',
     'norm-kernel3', 'norm-kernel7', 'norm-dense', 'norm-scale', 'norm-random', 'norm-rate0.3',
 ]  # fmt: skip
-methods = [*ends, *(name for name in variants if name not in {*with_neck, *first}), *first]
+apart = {*with_neck, *first, *scales[1:]}
+methods = [*ends, *(name for name in variants if name not in apart), *first]
 
 flowers5 = _base_.tasks.flowers5
 fruit = {key: value for key, value in _base_.tasks.fruit.items() if key != 'scenarios'}
@@ -106,3 +112,12 @@ tasks = {
     ),
     'fruit': dict(fruit, fractions=[1.0], methods=with_neck),
 }
+# As many steps as in the study, at the rate that is best there.
+tasks['flowers5-scale'] = dict(
+    tasks['flowers5-more-validation'],
+    fractions=[0.062, 0.257],
+    few_steps=300,
+    lrs=[1e-3],
+    methods=['full', *scales],
+)
+del hidden, scale

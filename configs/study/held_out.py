@@ -1,0 +1,32 @@
+# What scale and width of the prompts do under corruption, in other domains and under attack. The
+# test split here is two tenths of the training images, so that the block can be chosen by it.
+#     python tools/study.py configs/study/held_out.py --out docs/study/held-out
+_base_ = ['./ablation.py']
+
+methods = ['full', *_base_.scales]
+tasks = {
+    '_delete_': True,
+    'flowers5-held-out': dict(
+        _base_.flowers5,
+        fractions=[1.0],
+        steps=300,
+        lrs=[1e-3],
+        scenarios=dict(
+            every=4,
+            severities=[3],
+            shifts={
+                'grey': [dict(type='RandomGrayscale', prob=1.0, keep_channels=True)],
+                'inverted': [dict(type='Invert', prob=1.0)],
+                'turned': [dict(type='Rotate', angle=45.0, prob=1.0)],
+            },
+            attacks=dict(fgsm=[0.25], pgd=[0.25]),
+        ),
+        cfg_options={
+            **_base_.flowers5.cfg_options,
+            'train_dataloader.dataset.indices': [i for i in range(3457) if i % 10 > 2],
+            'val_dataloader.dataset.indices': [i for i in range(3457) if i % 10 == 0],
+            'test_dataloader.dataset.data_prefix': 'train',
+            'test_dataloader.dataset.indices': [i for i in range(3457) if i % 10 in (1, 2)],
+        },
+    ),
+}
