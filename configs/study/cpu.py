@@ -52,7 +52,7 @@ camvid = dict(
     prompt_lr_mult=0.1,
     full_lr_mult=0.01,
     # At three times the rate of the other tasks (3e-2 * 0.1) prompts want a smaller scale.
-    options={'pro-tuning': dict(prompt=dict(hidden=10, scale=0.32))},
+    options={'pro-tuning': dict(prompt=dict(scale=0.32))},
     channels_last=True,
     scenarios=dict(every=16, severities=[3]),
     cfg_options={
@@ -144,7 +144,7 @@ options = dict(
 # Where a task does not say otherwise prompts, biases, norms and last blocks train at the rate of
 # the head, and the whole backbone of full fine-tuning, as in the libraries' configs, at a tenth.
 for family, hidden, scale in (
-    ('MobileNetV2', 14, 0.7), ('ResNet-18', 96, 0.1), ('ViT-S', 48, 0.14),
+    ('MobileNetV2', 10, 0.75), ('ResNet-18', 96, 0.1), ('ViT-S', 48, 0.14),
 ):  # fmt: skip
     options.setdefault(family, {})['pro-tuning'] = dict(
         stages='inside',
