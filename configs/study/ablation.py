@@ -101,7 +101,7 @@ tasks = {
         fractions=[0.257],
         few_steps=150,
         lrs=[3e-4, 1e-3, 3e-3],
-        methods=[*ends, 'norm-gelu', 'blocks-hidden48', *methods[2 : -len(first)]],
+        methods=[*ends, 'norm-gelu', 'blocks-hidden48', 'stages', *methods[2 : -len(first)]],
         cfg_options={
             **_base_.flowers5.cfg_options,
             'train_dataloader.dataset.indices': [i for i in range(3457) if i % 10 > 2],
