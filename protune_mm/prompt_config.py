@@ -13,7 +13,11 @@ PLACED = dict(
 )
 """What of a prompt's config says how it is placed, and the choices, the default first."""
 AFFINE = dict(type='ScaleShift')
-NAMED_PROMPTS = {'paper': dict(type='ProTuningBlock', last='series')}
+NAMED_PROMPTS = {
+    'paper': dict(type='ProTuningBlock', last='series'),
+    # What the study found best, after stages and inside blocks: docs/study/findings.md.
+    'principal': dict(type='ProTuningBlock', init_mode='principal', act_cfg=None),
+}
 
 
 def prompt_config(prompt: str | dict | None) -> dict:

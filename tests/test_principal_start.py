@@ -106,22 +106,34 @@ def test_a_start_that_is_not_zero_is_an_error():
         ProTuningBlock(8, init_mode='principal', zero_init=False)
 
 
+@pytest.mark.parametrize('prompt', [dict(hidden=4, init_mode='principal'), 'principal'])
 @pytest.mark.parametrize('stages', [None, 'blocks', 'inside'])
-def test_a_backbone_starts_exactly_as_stock(stages):
+def test_a_backbone_starts_exactly_as_stock(stages, prompt):
     torch.manual_seed(0)
     stock = MODELS.build(dict(type='mmpretrain.MobileNetV2', out_indices=(2, 7)))
     stock.eval()
     tuned = protune_mm.protune(
         copy.deepcopy(stock),
         stages=stages,
-        prompt=dict(hidden=4, init_mode='principal'),
+        prompt=prompt,
         lean=False,
     )
+    assert all(block.waits for block in prompts(tuned).values())
     tuned.train()
     x = torch.randn(2, 3, 64, 64)
     for out, same in zip(tuned(x), stock(x), strict=True):
         torch.testing.assert_close(out, same, rtol=0, atol=0)
     assert not any(prompt.waits for prompt in prompts(tuned).values())
+
+
+@pytest.mark.parametrize('base', ['mmpretrain.MobileNetV2', 'mmpretrain.ConvNeXt'])
+def test_the_form_with_a_name_is_small_inside_blocks(base):
+    tuned = protune_mm.protune(MODELS.build(dict(type=base)), stages='inside', prompt='principal')
+    blocks = prompts(tuned).values()
+    assert all(isinstance(block.act1, torch.nn.Identity) for block in blocks)
+    own = sum(p.numel() for block in blocks for p in block.parameters())
+    frozen = sum(p.numel() for p in tuned.parameters()) - own
+    assert 0.03 * frozen < own <= 0.08 * frozen
 
 
 TWO = """

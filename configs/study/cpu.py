@@ -103,7 +103,7 @@ tasks = {
         config='configs/small/vit-s_protune_flowers5.py',
         backbone='ViT-S',
         fractions=[0.2],
-        few_steps=150,
+        few_steps=100,
         # A multiple of its patches of 14 pixels.
         cfg_options={
             **flowers5['cfg_options'],
