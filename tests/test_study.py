@@ -307,6 +307,33 @@ def test_a_task_has_options_of_its_own(study, parts):
         assert (plain.setting(old) == plan.setting(new)) == (new.method != 'lora')
 
 
+def test_a_task_has_options_for_a_prompt_with_a_name(study, parts):
+    change = {
+        'seeds = [0]': "seeds = [0]\nvariants = dict(mine=dict(prompt='paper'))",
+        'steps=3,': 'steps=3, options=dict(mine=dict(prompt=dict(scale=0.5))),',
+    }
+    plan = parts['plan'].Study(str(study(['mine'], **change)))
+    assert plan.backbone_options('small', 'mine') == dict(
+        prompt=dict(type='ProTuningBlock', last='series', scale=0.5)
+    )
+    # What the name stands for is part of the setting.
+    plan = parts['plan'].Study(str(study(['mine'], **dict(list(change.items())[:1]))))
+    first = plan.setting(plan.runs()[0])
+    parts['plan'].NAMED_PROMPTS['paper']['ratio'] = 4
+    try:
+        assert plan.setting(plan.runs()[0]) != first
+    finally:
+        del parts['plan'].NAMED_PROMPTS['paper']['ratio']
+
+
+def test_a_report_tells_its_whole_command_and_note(study, tmp_path):
+    file = study(['full'], **{'seeds = [0]': "seeds = [0]\nnote = 'Of eighteen pictures.'"})
+    run(file, tmp_path / 'out')
+    text = (tmp_path / 'out' / 'README.md').read_text()
+    assert f'    python tools/study.py {file} --out {tmp_path / "out"}\n' in text
+    assert '\nOf eighteen pictures.\n' in text
+
+
 def test_a_long_tail_counts_the_images_that_are_left(study, parts):
     plan = parts['plan'].Study(str(study(**{'steps=3': 'steps=3, long_tail=2', '[1.0]': '[0.7]'})))
     cfg = parts['run_config'].config_of(plan, plan.runs()[0], '')
@@ -371,7 +398,7 @@ def test_the_verdict(parts):
     assert parts['report'].verdict(parts['report'].cells(Plan, lines[:-1])) == []
 
 
-@pytest.mark.parametrize('name', ['cpu', 'gpu', 'ablation'])
+@pytest.mark.parametrize('name', ['cpu', 'gpu', 'ablation', 'held_out'])
 def test_the_studies_of_the_repository_read(name, monkeypatch):
     monkeypatch.syspath_prepend('tools')
     from study_parts.plan import Run, Study

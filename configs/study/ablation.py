@@ -76,6 +76,9 @@ scales = ['inside-hidden10-principal']
 for hidden, scale in ((10, 0.32), (10, 0.56), (10, 0.75), (14, 0.7), (14, 1.0)):
     scales.append(f'inside-hidden{hidden}-principal-scale{scale:g}')
     variants[scales[-1]] = dict(inside, prompt=dict(inside['prompt'], hidden=hidden, scale=scale))
+for alpha in (12, 24):  # Of LoRA, too: a factor of one and of two.
+    scales.append(f'lora-rank12-alpha{alpha}')
+    variants[scales[-1]] = dict(prompt=dict(type='LoRA', rank=12, alpha=alpha))
 ends = ['full', 'head-only']  # To see how far the block has come.
 # What has inputs of several stages is where it makes a difference what the neck receives.
 with_neck = ['stages', 'stages-plain']
@@ -120,4 +123,10 @@ tasks['flowers5-scale'] = dict(
     lrs=[1e-3],
     methods=['full', *scales],
 )
-del hidden, scale
+two = [f'inside-hidden10-principal-scale{scale}' for scale in (0.32, 0.75)]
+tasks['long-tail-scale'] = dict(
+    {key: value for key, value in _base_.tasks['flowers5-long-tailed'].items() if key != 'options'},
+    methods=two,
+)
+tasks['fruit-scale'] = dict(_base_.tasks.fruit, fractions=[1.0], methods=two)
+del hidden, scale, alpha

@@ -1,5 +1,6 @@
 # The study of cpu.py, longer, at the size the weights were made for: for one GPU.
 #     python tools/study.py configs/study/gpu.py --out work_dirs/study_gpu
+# The scales of the prompts are those of cpu.py and were not chosen for as many steps.
 _base_ = ['./cpu.py']
 
 seeds = [0, 1, 2, 3, 4]

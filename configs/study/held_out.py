@@ -2,6 +2,10 @@
 # test split here is two tenths of the training images, so that the block can be chosen by it.
 #     python tools/study.py configs/study/held_out.py --out docs/study/held-out
 _base_ = ['./ablation.py']
+note = (
+    'The test images here are two tenths of the training images, not the test split: the scale of '
+    'the prompts\nwas chosen by them. [What came of it](../findings.md).'
+)
 
 methods = ['full', *_base_.scales]
 tasks = {

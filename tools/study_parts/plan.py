@@ -15,7 +15,7 @@ from pathlib import Path
 from mmengine.config import Config
 
 from protune_mm import load_config
-from protune_mm.prompt_config import DEFAULT_PROMPT
+from protune_mm.prompt_config import DEFAULT_PROMPT, NAMED_PROMPTS
 from protune_mm.registry import PROMPTS
 from protune_mm.robustness import CORRUPTIONS, Corrupt, attack_library, check_budgets
 
@@ -101,6 +101,7 @@ class Study:
     ``options`` (by backbone, then method; of a task by method, over those) and ``variants``
     (methods of this file) are what the line of the backbone gets, and besides ``prompt_lr_mult``
     and ``prompt_warmup``, the part of the steps that :class:`protune_mm.optim.PromptWarmup` takes.
+    ``note`` is a sentence for the report.
 
     Args:
         path: of a file such as ``configs/study/cpu.py``.
@@ -123,6 +124,7 @@ class Study:
         self.methods = list(cfg.methods)
         self.lrs, self.seeds = list(cfg.lrs), list(cfg.seeds)
         self.options = cfg.get('options', {})
+        self.note = cfg.get('note', '')
         self.results_name = 'results.jsonl'
         self._configs: dict[str, str] = {}
         for name in self.variants:
@@ -230,10 +232,8 @@ class Study:
             found = copy.deepcopy(self.variants[method])
         else:
             found = copy.deepcopy(METHODS[method])
-            for chosen in (self.options.get(plan['backbone'], {}), plan.get('options', {})):
-                for key, value in (chosen.get(method) or {}).items():
-                    old = found.get(key, {})
-                    found[key] = {**old, **value} if isinstance(value, dict) else value
+            _update(found, self.options.get(plan['backbone'], {}).get(method))
+        _update(found, plan.get('options', {}).get(method))
         policy = found.get('policy')
         key = {'full': 'full_lr_mult', 'head-only': ''}.get(policy, 'prompt_lr_mult')
         if key in plan:
@@ -255,6 +255,8 @@ class Study:
         plan = dict(task=task, config=self._config(task['config']), options=options)
         if options.get('policy', 'prompts') == 'prompts':
             prompt = options.get('prompt')
+            if isinstance(prompt, str):
+                plan['named'] = NAMED_PROMPTS[prompt]
             kind = prompt.get('type') if isinstance(prompt, dict) else None
             plan['prompt'] = _defaults(PROMPTS.get(kind or 'ProTuningBlock'))
             plan['placed'] = str(DEFAULT_PROMPT)
@@ -269,6 +271,17 @@ class Study:
                 text = text.replace(folder, '') if folder else text
             self._configs[path] = text
         return self._configs[path]
+
+
+def _update(found: dict, chosen: dict | None) -> None:
+    """Add options of a method to what it has; of a prompt, option by option."""
+    for key, value in (chosen or {}).items():
+        old = found.get(key)
+        if isinstance(value, dict):
+            # A prompt may be told by its name.
+            found[key] = {**(NAMED_PROMPTS[old] if isinstance(old, str) else old or {}), **value}
+        else:
+            found[key] = value
 
 
 def _defaults(kind: type) -> str:

@@ -211,6 +211,7 @@ def report(
     told = (out / 'findings.md').exists()
     meaning = ' [findings.md](findings.md) says what the numbers mean.' if told else ''
     more = '' if final else f' --results {study.results_name}'
+    more += '' if out == Path('docs/study') else f' --out {out}'
     text = [
         '# Study' if final else '# Ablations',
         '',
@@ -223,6 +224,7 @@ def report(
         'precision is in points of 100. Corruption errors are plain means, not divided by another',
         "network's.",
         '',
+        *([study.note, ''] if study.note else []),
         f'`{study.path}` has the options of every method, and its rate in the backbone over',
         f'that of the head.{meaning}',
         '',
