@@ -126,9 +126,16 @@ def test_a_backbone_starts_exactly_as_stock(stages, prompt):
     assert not any(prompt.waits for prompt in prompts(tuned).values())
 
 
-@pytest.mark.parametrize('base', ['mmpretrain.MobileNetV2', 'mmpretrain.ConvNeXt'])
+@pytest.mark.parametrize(
+    'base',
+    [
+        dict(type='mmpretrain.MobileNetV2'),
+        dict(type='mmpretrain.ConvNeXt'),
+        dict(type='mmpretrain.VisionTransformer', arch='deit-s', img_size=32, patch_size=8),
+    ],
+)
 def test_the_form_with_a_name_is_small_inside_blocks(base):
-    tuned = protune_mm.protune(MODELS.build(dict(type=base)), stages='inside', prompt='principal')
+    tuned = protune_mm.protune(MODELS.build(base), stages='inside', prompt='principal')
     blocks = prompts(tuned).values()
     assert all(isinstance(block.act1, torch.nn.Identity) for block in blocks)
     own = sum(p.numel() for block in blocks for p in block.parameters())

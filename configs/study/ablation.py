@@ -72,7 +72,8 @@ variants = {
     'adapter-64': dict(prompt=dict(type='Adapter', hidden=64)),
 }
 # How far a step moves what the prompts add, by their scale and width.
-scales = ['inside-hidden10-principal']
+scales = ['inside-hidden10-principal', 'inside-principal']
+variants['inside-principal'] = dict(stages='inside', prompt='principal')
 for hidden, scale in ((10, 0.32), (10, 0.56), (10, 0.75), (14, 0.7), (14, 1.0)):
     scales.append(f'inside-hidden{hidden}-principal-scale{scale:g}')
     variants[scales[-1]] = dict(inside, prompt=dict(inside['prompt'], hidden=hidden, scale=scale))
