@@ -7,7 +7,10 @@ from tests.small_runs import SHAPES, data
 
 
 def test_compare_trains_tests_and_remembers(shapes, tmp_path):
-    options = [*data(shapes), 'model.backbone.init_cfg=None']
+    options = [
+        *data(shapes), 'model.backbone.init_cfg=None', 'model.backbone.prompt.hidden=2',
+        'model.backbone.prompt.scale=0.75',
+    ]  # fmt: skip
     arguments = [
         *('tools/compare.py', SHAPES, '--policies', 'head-only', 'prompts', '--epochs', 1),
         *('--out', tmp_path, '--work-dir', tmp_path / 'work', '--cfg-options', *options),
@@ -17,10 +20,14 @@ def test_compare_trains_tests_and_remembers(shapes, tmp_path):
     assert [row['policy'] for row in rows] == ['head-only', 'prompts']
     assert rows[0]['parameters']['prompts'] == 0 < rows[1]['parameters']['prompts']
     assert rows[1]['options'] == options
+    # Two hidden channels in each of four stages: counted with the options.
+    channels = (24, 32, 96, 320)
+    assert rows[1]['parameters']['prompts'] == sum(5 * c + 54 for c in channels)
     assert all(-1 <= row['test'] <= 1 and len(row['val_curve']) == 1 for row in rows)
     table = (tmp_path / 'README.md').read_text()
     assert '| head-only | Pro-tuned | full fine-tuning |' in table
     assert '| not run |' in table
+    assert 'hidden=2, scale=0.75 | 0 |' in table
     again = run_tool(*arguments)
     assert again.stdout.count('already in') == 2
 

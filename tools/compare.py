@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import torch
+from mmengine.config import DictAction
 
 from protune_mm import cli
 from protune_mm.compat import stack_versions
@@ -61,9 +62,9 @@ def key_of(row: dict) -> tuple:
 
 def run(config: str, policy: str, args: argparse.Namespace) -> dict:
     """Train, pick by validation, test; return one line of results."""
-    cfg = cli.read_config(config, policy=policy)
+    cfg = cli.read_config(config, policy=policy, options=parsed(args.cfg_options))
     metric = cfg.default_hooks.checkpoint.save_best
-    name = '-'.join([policy, f'seed{args.seed}', *(o.split('.')[-1] for o in args.cfg_options)])
+    name = '-'.join([policy, f'seed{args.seed}', *map(short, args.cfg_options)])
     work = Path(args.work_dir) / Path(config).stem / name
     options = [f'randomness.seed={args.seed}', *args.cfg_options]
     if args.epochs:
@@ -185,7 +186,20 @@ def metric_of(rows: list, config: str) -> str:
 
 
 def options_of(row: dict) -> str:
-    return ', '.join(option.split('.')[-1] for option in row.get('options', ()))
+    return ', '.join(map(short, row.get('options', ())))
+
+
+def short(option: str) -> str:
+    """KEY=VALUE with the last part of the key alone."""
+    key, value = option.split('=', 1)
+    return f'{key.split(".")[-1]}={value}'
+
+
+def parsed(options: list[str]) -> dict:
+    """Options as the tools read them."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={})
+    return parser.parse_args(['--cfg-options', *options] if options else []).cfg_options
 
 
 def picked(rows: list, config: str, policy: str) -> dict | None:
