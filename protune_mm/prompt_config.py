@@ -15,7 +15,7 @@ PLACED = dict(
 AFFINE = dict(type='ScaleShift')
 NAMED_PROMPTS = {
     'paper': dict(type='ProTuningBlock', last='series'),
-    # What the study found best, after stages and inside blocks: docs/study/findings.md.
+    # Better than the default after stages, and more so inside blocks: docs/study/findings.md.
     'principal': dict(type='ProTuningBlock', init_mode='principal', act_cfg=None),
 }
 

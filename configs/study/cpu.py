@@ -25,9 +25,9 @@ flowers5 = dict(
         'test_dataloader.dataset.pipeline.1.scale': (size, size),
     },
 )
-# For more steps or a higher rate of the prompts than in the other tasks. The larger scale of the other
-# tasks moves the prompts farther at each step: what they learn holds better against attacks.
-smaller = {'pro-tuning': dict(prompt=dict(scale=0.32))}
+# For more steps or a higher rate of the prompts than in the other tasks: prompts that move less far at
+# each step. What they learn holds less against attacks.
+smaller = {'pro-tuning': dict(prompt=dict(hidden=10, scale=0.32))}
 # Detection, segmentation and instance segmentation.
 fruit = dict(
     config='configs/small/retinanet_protune_mobilenetv2_fruit.py',
@@ -147,16 +147,14 @@ options = dict(
         'lorand': dict(prompt=dict(rank=16)),
     },
 )
-# Of MobileNetV2 by validation: docs/study/findings.md. A hidden layer is wider in one backbone than
-# in another, and the wider it is, the farther a step of Adam moves what the prompt adds at one
-# scale: so in the others, where it was not chosen, the scale is one over the root of the width.
+# Of MobileNetV2 by validation: docs/study/findings.md. It is prompt='principal', as wide as the library
+# makes it. In the others, where nothing was chosen, the scale is one over the root of the width: the
+# wider a hidden layer is, the farther a step of Adam moves what the prompt adds at one scale.
 # Where a task does not say otherwise prompts, biases, norms and last blocks train at the rate of
 # the head, and the whole backbone of full fine-tuning, as in the libraries' configs, at a tenth.
-for family, hidden, scale in (
-    ('MobileNetV2', 10, 0.75), ('ResNet-18', 96, 0.1), ('ViT-S', 48, 0.14),
-):  # fmt: skip
-    options.setdefault(family, {})['pro-tuning'] = dict(
-        stages='inside',
-        prompt=dict(hidden=hidden, init_mode='principal', act_cfg=None, scale=scale),
-    )
-del family, hidden, scale
+principal = dict(stages='inside', prompt=dict(init_mode='principal', act_cfg=None))
+options['MobileNetV2']['pro-tuning'] = principal
+for family, hidden in (('ResNet-18', 96), ('ViT-S', 48)):
+    prompt = dict(principal['prompt'], hidden=hidden, scale=round(hidden**-0.5, 2))
+    options[family] = {'pro-tuning': dict(principal, prompt=prompt)}
+del family, hidden, prompt
