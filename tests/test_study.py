@@ -307,7 +307,7 @@ def test_a_task_has_options_of_its_own(study, parts):
         assert (plain.setting(old) == plan.setting(new)) == (new.method != 'lora')
 
 
-def test_a_task_has_options_for_a_prompt_with_a_name(study, parts):
+def test_a_task_has_options_for_a_prompt_with_a_name(study, parts, monkeypatch):
     change = {
         'seeds = [0]': "seeds = [0]\nvariants = dict(mine=dict(prompt='paper'))",
         'steps=3,': 'steps=3, options=dict(mine=dict(prompt=dict(scale=0.5))),',
@@ -319,11 +319,8 @@ def test_a_task_has_options_for_a_prompt_with_a_name(study, parts):
     # What the name stands for is part of the setting.
     plan = parts['plan'].Study(str(study(['mine'], **dict(list(change.items())[:1]))))
     first = plan.setting(plan.runs()[0])
-    parts['plan'].NAMED_PROMPTS['paper']['ratio'] = 4
-    try:
-        assert plan.setting(plan.runs()[0]) != first
-    finally:
-        del parts['plan'].NAMED_PROMPTS['paper']['ratio']
+    monkeypatch.setitem(parts['plan'].NAMED_PROMPTS['paper'], 'ratio', 4)
+    assert plan.setting(plan.runs()[0]) != first
 
 
 def test_a_report_tells_its_whole_command_and_note(study, tmp_path):

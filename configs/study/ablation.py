@@ -125,9 +125,6 @@ tasks['flowers5-scale'] = dict(
     methods=['full', *scales],
 )
 two = [f'inside-hidden10-principal-scale{scale}' for scale in (0.32, 0.75)]
-tasks['long-tail-scale'] = dict(
-    {key: value for key, value in _base_.tasks['flowers5-long-tailed'].items() if key != 'options'},
-    methods=two,
-)
+tasks['long-tail-scale'] = dict(_base_.tasks['flowers5-long-tailed'], methods=two)
 tasks['fruit-scale'] = dict(_base_.tasks.fruit, fractions=[1.0], methods=two)
 del hidden, scale, alpha

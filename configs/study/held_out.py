@@ -15,16 +15,7 @@ tasks = {
         fractions=[1.0],
         steps=300,
         lrs=[1e-3],
-        scenarios=dict(
-            every=4,
-            severities=[3],
-            shifts={
-                'grey': [dict(type='RandomGrayscale', prob=1.0, keep_channels=True)],
-                'inverted': [dict(type='Invert', prob=1.0)],
-                'turned': [dict(type='Rotate', angle=45.0, prob=1.0)],
-            },
-            attacks=dict(fgsm=[0.25], pgd=[0.25]),
-        ),
+        scenarios=_base_.domains,
         cfg_options={
             **_base_.flowers5.cfg_options,
             'train_dataloader.dataset.indices': [i for i in range(3457) if i % 10 > 2],
