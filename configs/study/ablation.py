@@ -81,18 +81,21 @@ for alpha in (12, 24):  # Of LoRA, too: a factor of one and of two.
     scales.append(f'lora-rank12-alpha{alpha}')
     variants[scales[-1]] = dict(prompt=dict(type='LoRA', rank=12, alpha=alpha))
 ends = ['full', 'head-only']  # To see how far the block has come.
-# What has inputs of several stages is where it makes a difference what the neck receives.
-with_neck = ['stages', 'stages-plain']
+# The defaults and what may replace them, and what the neck and head receive.
+defaults = ['stages', 'stages-principal', 'stages-principal-linear', 'stages-plain']
 first = [
     'stages', 'stages-norm', 'stages-paper', 'stages-ratio2', 'late-stages', 'blocks',
     'blocks-hidden48', 'blocks-hidden48-fan-in', 'norm-gelu', 'norm-linear', 'norm-relu',
     'norm-kernel3', 'norm-kernel7', 'norm-dense', 'norm-scale', 'norm-random', 'norm-rate0.3',
 ]  # fmt: skip
-apart = {*with_neck, *first, *scales[1:]}
+apart = {'stages', 'stages-plain', *first, *scales[1:]}
 methods = [*ends, *(name for name in variants if name not in apart), *first]
 
 flowers5 = _base_.tasks.flowers5
-fruit = {key: value for key, value in _base_.tasks.fruit.items() if key != 'scenarios'}
+fruit, camvid = (
+    {key: value for key, value in task.items() if key != 'scenarios'}
+    for task in (_base_.tasks.fruit, _base_.tasks.camvid)
+)
 tasks = {
     '_delete_': True,
     'flowers5': dict(
@@ -114,7 +117,9 @@ tasks = {
             'test_dataloader.dataset.indices': list(range(0, 863, 50)),
         },
     ),
-    'fruit': dict(fruit, fractions=[1.0], methods=with_neck),
+    'fruit': dict(fruit, fractions=[1.0], methods=[*ends, *defaults]),
+    # Its head reads the last stage alone: plain or prompted features of the others are one.
+    'camvid': dict(camvid, fractions=[1.0], methods=[*ends, *defaults[:-1]]),
 }
 # As many steps as in the study, at the rate that is best there.
 tasks['flowers5-scale'] = dict(
