@@ -369,13 +369,14 @@ def test_the_rate_is_picked_by_validation_over_all_seeds(parts):
     assert (found['t', 1.0, 'n']['a']['lr'], found['t', 1.0, 'n']['a']['score']) == (2, 2)
 
 
-def test_the_verdict(parts):
-    def everywhere(method, score, share, by_seed=1):
-        return [
-            line(method, lr, seed, score, score + by_seed * seed, share=share)
-            for lr in Plan.lrs for seed in Plan.seeds
-        ]  # fmt: skip
+def everywhere(method, score, share, by_seed=1, metric='m'):
+    return [
+        line(method, lr, seed, score, score + by_seed * seed, metric, share)
+        for lr in Plan.lrs for seed in Plan.seeds
+    ]  # fmt: skip
 
+
+def test_the_verdict(parts):
     lines = everywhere('pro-tuning', 70, 0.05) + everywhere('full', 70.5, 1.0)
     lines += everywhere('head-only', 69.5, 0) + everywhere('lora', 67.5, 0.1, by_seed=2)
     lines += everywhere('last-k', 75, 0.2)
@@ -393,6 +394,25 @@ def test_the_verdict(parts):
     assert '(2 methods not run)' in '\n'.join(told)
     # A method with runs missing: no verdict yet.
     assert parts['report'].verdict(parts['report'].cells(Plan, lines[:-1])) == []
+
+
+def test_the_means_over_places(parts):
+    lines = everywhere('pro-tuning', 70, 0.05) + everywhere('pro-tuning', 40, 0.05, metric='n')
+    # Ahead by 10 with both seeds by the first metric, by the other behind by 2 and 4.
+    lines += everywhere('full', 60, 1.0) + everywhere('full', 42, 1.0, by_seed=3, metric='n')
+    # At one of the two places alone: by 2.5 and 1.5.
+    lines += everywhere('lora', 67.5, 0.1, by_seed=2)
+
+    def rows(lines):
+        return parts['report'].together(parts['report'].cells(Plan, lines))
+
+    assert [row for row in rows(lines) if row.startswith(('| full', '| lora'))] == [
+        '| lora | 10.0% | +2.00 ± 0.50 (1) | +2.00 ± 0.50 | 1 of 1 |',
+        '| full | 100.0% | +10.00 ± 0.00 (1) | +3.50 ± 0.50 | 1 of 2 |',
+    ]
+    # A method with runs missing is not compared, nor is Pro-tuning.
+    assert not [row for row in rows(lines[:-1]) if row.startswith('| lora')]
+    assert rows(lines[1:3]) == []
 
 
 @pytest.mark.parametrize('name', ['cpu', 'gpu', 'ablation', 'held_out'])

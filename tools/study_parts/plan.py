@@ -15,8 +15,7 @@ from pathlib import Path
 from mmengine.config import Config
 
 from protune_mm import load_config
-from protune_mm.prompt_config import DEFAULT_PROMPT, NAMED_PROMPTS
-from protune_mm.registry import PROMPTS
+from protune_mm.prompt_config import NAMED_PROMPTS, prompt_class, prompt_config
 from protune_mm.robustness import CORRUPTIONS, Corrupt, attack_library, check_budgets
 
 METHODS: dict[str, dict] = {
@@ -254,12 +253,8 @@ class Study:
         options = self.backbone_options(run.task, run.method)
         plan = dict(task=task, config=self._config(task['config']), options=options)
         if options.get('policy', 'prompts') == 'prompts':
-            prompt = options.get('prompt')
-            if isinstance(prompt, str):
-                plan['named'] = NAMED_PROMPTS[prompt]
-            kind = prompt.get('type') if isinstance(prompt, dict) else None
-            plan['prompt'] = _defaults(PROMPTS.get(kind or 'ProTuningBlock'))
-            plan['placed'] = str(DEFAULT_PROMPT)
+            prompt = prompt_config(options.pop('prompt', None))
+            plan['prompt'] = {**_defaults(prompt_class(prompt)), **prompt}
         return hashlib.sha1(json.dumps(plan, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
     def _config(self, path: str) -> str:
@@ -284,8 +279,7 @@ def _update(found: dict, chosen: dict | None) -> None:
             found[key] = value
 
 
-def _defaults(kind: type) -> str:
-    """Options of a prompt type and their defaults, but for what the layer beside it decides."""
-    signature = inspect.signature(kind)
-    own = [p for p in signature.parameters.values() if p.name != 'conv_type']
-    return str(signature.replace(parameters=own))
+def _defaults(kind: type) -> dict:
+    """Options of a prompt type that have a default, but for what the layer beside it decides."""
+    given = inspect.signature(kind).parameters.values()
+    return {p.name: p.default for p in given if p.default is not p.empty and p.name != 'conv_type'}
