@@ -77,6 +77,11 @@ variants['inside-principal'] = dict(stages='inside', prompt='principal')
 for hidden, scale in ((10, 0.32), (10, 0.56), (10, 0.75), (14, 0.7), (14, 1.0)):
     scales.append(f'inside-hidden{hidden}-principal-scale{scale:g}')
     variants[scales[-1]] = dict(inside, prompt=dict(inside['prompt'], hidden=hidden, scale=scale))
+# In ViT-S, too: as the library makes it, and one over the root of its 32 hidden channels.
+vit = ['inside-principal', 'inside-principal-scale0.18']
+variants[vit[1]] = dict(
+    stages='inside', prompt=dict(init_mode='principal', act_cfg=None, scale=0.18)
+)
 for alpha in (12, 24):  # Of LoRA, too: a factor of one and of two.
     scales.append(f'lora-rank12-alpha{alpha}')
     variants[scales[-1]] = dict(prompt=dict(type='LoRA', rank=12, alpha=alpha))
@@ -88,7 +93,7 @@ first = [
     'blocks-hidden48', 'blocks-hidden48-fan-in', 'norm-gelu', 'norm-linear', 'norm-relu',
     'norm-kernel3', 'norm-kernel7', 'norm-dense', 'norm-scale', 'norm-random', 'norm-rate0.3',
 ]  # fmt: skip
-apart = {'stages', 'stages-plain', *first, *scales[1:]}
+apart = {'stages', 'stages-plain', *first, *scales[1:], vit[1]}
 methods = [*ends, *(name for name in variants if name not in apart), *first]
 
 flowers5 = _base_.tasks.flowers5
@@ -131,5 +136,6 @@ tasks['flowers5-scale'] = dict(
 )
 two = [f'inside-hidden10-principal-scale{scale}' for scale in (0.32, 0.75)]
 tasks['long-tail-scale'] = dict(_base_.tasks['flowers5-long-tailed'], methods=two)
+tasks['flowers5-vit-scale'] = dict(_base_.tasks['flowers5-vit'], methods=vit)
 tasks['fruit-scale'] = dict(_base_.tasks.fruit, fractions=[1.0], methods=two)
 del hidden, scale, alpha
