@@ -24,7 +24,7 @@ from .features import (
 from .frozen import Options, PromptedBlock, ProTunedBackbone, freeze
 from .lean import lean_options, make_lean
 from .policies import blocks_of, check_policy, keeps_lean_layers, parameters_of
-from .prompt_config import own_options, prompt_class, prompt_config
+from .prompt_config import chooses_width, own_options, prompt_class, prompt_config
 from .sites import affine_sites, choose_sites, stage_table
 from .stages import find_family, refusal
 from .subclass import add_mixin, stock_type
@@ -58,8 +58,8 @@ def protune(
         prompt: config of the prompt block, any part of
             ``dict(type='ProTuningBlock', ratio=8, last='residual', extra_tokens='map',
             features='prompted')``, or a name: ``'paper'``, or ``'principal'``, which starts from
-            the principal directions of the first batch and has no activation, best inside blocks.
-            ``last='series'`` (the paper's form) lets the prompt of the last stage
+            the principal directions of the first batch and has no activation, for
+            ``stages='inside'``. ``last='series'`` (the paper's form) lets the prompt of the last stage
             replace that stage's output; ``'residual'`` adds it. ``extra_tokens`` says what the
             class token receives where a head reads nothing else: ``'map'``, a prompt of its own,
             or ``'mean'``, the mean of the patches' prompt. ``features='plain'`` gives a neck the
@@ -121,7 +121,7 @@ def protune(
     parameters = parameters_of(policy, module)
     blocks = blocks_of(policy, module, stage_table(module, named=not policy.startswith('last')))
     # Everything that can fail on bad input is done before the module is touched.
-    prompts = _build_prompts(module, sites, options, _names_ratio(prompt))
+    prompts = _build_prompts(module, sites, options, chooses_width(prompt))
     likes = [_home(module.get_submodule(site.block), module) for site in sites]
     # Some stock layers prepare what evaluation needs when they are told of it.
     mode = module.training
@@ -169,20 +169,17 @@ def placed_options(options: Options, sites: list[Site]) -> dict:
 
 
 SHARE = 0.08
-"""Part of a backbone's parameters that prompts after its stages have at most by default."""
+"""Part of a backbone's parameters that prompts after its stages, or inside its blocks, have at most
+where the user chose no width."""
 RATIOS = (8, 12, 16, 24, 32, 48, 64)
-
-
-def _names_ratio(prompt: str | dict | None) -> bool:
-    """Whether the user chose how wide prompts are, or another prompt type."""
-    return isinstance(prompt, dict) and not prompt.keys().isdisjoint(('ratio', 'hidden', 'type'))
+"""Of the first that keeps to it."""
 
 
 def _build_prompts(
-    module: nn.Module, sites: list[Site], options: Options, ratio_given: bool
+    module: nn.Module, sites: list[Site], options: Options, width_given: bool
 ) -> list[nn.Module]:
     """Prompts for all sites; narrower than the default ratio where they would be too large."""
-    if ratio_given or options.stages not in (None, 'inside'):
+    if width_given or options.stages not in (None, 'inside'):
         return [_build_prompt(site, options.prompt) for site in sites]
     budget = SHARE * sum(p.numel() for p in module.parameters())
     for ratio in RATIOS:

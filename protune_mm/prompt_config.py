@@ -48,6 +48,19 @@ def prompt_config(prompt: str | dict | None) -> dict:
     return config
 
 
+def chooses_width(prompt: str | dict | None) -> bool:
+    """Whether a config of a prompt says how wide it is, or is of another type, with its own rule.
+
+    Args:
+        prompt: as :func:`prompt_config` takes it.
+    """
+    if not isinstance(prompt, dict):
+        return False
+    kind = prompt.get('type', DEFAULT_PROMPT['type'])
+    other = prompt_class({'type': kind}) is not prompt_class(DEFAULT_PROMPT)
+    return other or not prompt.keys().isdisjoint(('ratio', 'hidden'))
+
+
 def own_options(config: dict) -> dict:
     """What of a prompt's config the prompt type itself takes."""
     return {k: v for k, v in config.items() if k != 'type' and k not in PLACED}

@@ -323,6 +323,33 @@ def test_a_task_has_options_for_a_prompt_with_a_name(study, parts, monkeypatch):
     assert plan.setting(plan.runs()[0]) != first
 
 
+def test_a_setting_tells_the_width_that_the_library_chooses(study, parts):
+    names = {
+        'auto': "'principal'",
+        'spelled': "dict(type='ProTuningBlock', init_mode='principal', act_cfg=None)",
+        'wide': "dict(init_mode='principal', act_cfg=None, ratio=8)",
+    }
+    lines = ''.join(f"{k}=dict(stages='inside', prompt={v})," for k, v in names.items())
+    plan = parts['plan'].Study(
+        str(study([*names], **{'seeds = [0]': f'seeds = [0]\nvariants = dict({lines})'}))
+    )
+    settings = {run.method: plan.setting(run) for run in plan.runs()}
+    assert settings['auto'] == settings['spelled'] != settings['wide']
+
+
+def test_a_setting_is_the_same_on_every_machine(parts, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    found = []
+    for folders in ({}, dict(PROTUNE_DATA='/a', PROTUNE_WEIGHTS='/a/weights')):
+        for name in ('PROTUNE_DATA', 'PROTUNE_WEIGHTS'):
+            monkeypatch.delenv(name, raising=False)
+        for name, folder in folders.items():
+            monkeypatch.setenv(name, folder)
+        plan = parts['plan'].Study('configs/study/cpu.py')
+        found.append({run.task: plan.setting(run) for run in plan.runs()})
+    assert found[0] == found[1]
+
+
 def test_a_report_tells_its_whole_command_and_note(study, tmp_path):
     file = study(['full'], **{'seeds = [0]': "seeds = [0]\nnote = 'Of eighteen pictures.'"})
     run(file, tmp_path / 'out')

@@ -15,7 +15,8 @@ from pathlib import Path
 from mmengine.config import Config
 
 from protune_mm import load_config
-from protune_mm.prompt_config import NAMED_PROMPTS, prompt_class, prompt_config
+from protune_mm.inject import RATIOS, SHARE
+from protune_mm.prompt_config import NAMED_PROMPTS, chooses_width, prompt_class, prompt_config
 from protune_mm.robustness import CORRUPTIONS, Corrupt, attack_library, check_budgets
 
 METHODS: dict[str, dict] = {
@@ -253,17 +254,22 @@ class Study:
         options = self.backbone_options(run.task, run.method)
         plan = dict(task=task, config=self._config(task['config']), options=options)
         if options.get('policy', 'prompts') == 'prompts':
-            prompt = prompt_config(options.pop('prompt', None))
+            given = options.pop('prompt', None)
+            prompt = prompt_config(given)
             plan['prompt'] = {**_defaults(prompt_class(prompt)), **prompt}
+            plan['width'] = None if chooses_width(given) else (SHARE, RATIOS)
         return hashlib.sha1(json.dumps(plan, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
     def _config(self, path: str) -> str:
         """A task's config as text, without the folders of this machine."""
         if path not in self._configs:
             text = json.dumps(load_config(path).to_dict(), sort_keys=True, default=str)
-            for variable in ('PROTUNE_DATA', 'PROTUNE_WEIGHTS'):
-                folder = os.environ.get(variable)
-                text = text.replace(folder, '') if folder else text
+            folders = (
+                os.environ.get('PROTUNE_DATA', 'data'),
+                os.environ.get('PROTUNE_WEIGHTS', 'weights'),
+            )
+            for folder in sorted(folders, key=len, reverse=True):  # One may be inside the other.
+                text = text.replace(f'"{folder.rstrip("/")}/', '"/')
             self._configs[path] = text
         return self._configs[path]
 
