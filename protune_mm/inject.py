@@ -59,11 +59,11 @@ def protune(
             ``dict(type='ProTuningBlock', ratio=8, last='residual', extra_tokens='map',
             features='prompted')``, or a name: ``'paper'``, or ``'principal'``, which starts from
             the principal directions of the first batch and has no activation, for
-            ``stages='inside'``. ``last='series'`` (the paper's form) lets the prompt of the last stage
-            replace that stage's output; ``'residual'`` adds it. ``extra_tokens`` says what the
-            class token receives where a head reads nothing else: ``'map'``, a prompt of its own,
-            or ``'mean'``, the mean of the patches' prompt. ``features='plain'`` gives a neck the
-            outputs of all stages but the last as they are before their prompt, which the next
+            ``stages='inside'``. ``last='series'`` (the paper's form) lets the prompt of the last
+            stage replace that stage's output; ``'residual'`` adds it. ``extra_tokens`` says what
+            the class token receives where a head reads nothing else: ``'map'``, a prompt of its
+            own, or ``'mean'``, the mean of the patches' prompt. ``features='plain'`` gives a neck
+            the outputs of all stages but the last as they are before their prompt, which the next
             stage alone then reads; for backbones that return these maps themselves.
         lean: frozen layers keep for backward only what their input's gradient needs. True or
             ``'memory'``: least memory; ``'time'``: least time; False: stock layers. Or any part
