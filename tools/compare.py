@@ -142,8 +142,8 @@ def table(rows: list) -> str:
     text += [
         'Real images and real ImageNet weights, same steps, seed and data for each policy. The',
         'checkpoint is picked on the validation split and scored on the test split, and so is the',
-        'learning rate where several were run. Drawn by `tools/compare.py` from `results.jsonl`,',
-        'which also holds every validation curve.',
+        'learning rate, and the form of the prompts, where several were run: "picked" below. Drawn',
+        'by `tools/compare.py` from `results.jsonl`, which also holds every validation curve.',
         '',
         '| test (validation) | ' + ' | '.join(TITLES[policy] for policy in ORDER) + ' |',
         '|---' * (len(ORDER) + 1) + '|',
