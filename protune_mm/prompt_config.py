@@ -37,7 +37,7 @@ def prompt_config(prompt: str | dict | None) -> dict:
             )
         prompt = NAMED_PROMPTS[prompt]
     given = ConfigDict(prompt or {}).to_dict()
-    if given.get('type', DEFAULT_PROMPT['type']) == DEFAULT_PROMPT['type']:
+    if _of_default_type(given):
         given = {**DEFAULT_PROMPT, **given}
     config = {**{key: choices[0] for key, choices in PLACED.items()}, **given}
     for key, choices in PLACED.items():
@@ -56,9 +56,18 @@ def chooses_width(prompt: str | dict | None) -> bool:
     """
     if not isinstance(prompt, dict):
         return False
-    kind = prompt.get('type', DEFAULT_PROMPT['type'])
-    other = prompt_class({'type': kind}) is not prompt_class(DEFAULT_PROMPT)
-    return other or not prompt.keys().isdisjoint(('ratio', 'hidden'))
+    return not _of_default_type(prompt) or not prompt.keys().isdisjoint(('ratio', 'hidden'))
+
+
+def _of_default_type(config: dict) -> bool:
+    """Whether the type that a config names, if any, is the default one, under any of its names."""
+    kind = config.get('type', DEFAULT_PROMPT['type'])
+    return (_find(kind) if isinstance(kind, str) else kind) is _find(DEFAULT_PROMPT['type'])
+
+
+def _find(name: str) -> type[nn.Module] | None:
+    """The prompt type of a name, with or without the scope."""
+    return PROMPTS.get(name.removeprefix('protune_mm.'))
 
 
 def own_options(config: dict) -> dict:
@@ -88,7 +97,7 @@ def prompt_class(config: dict) -> type[nn.Module]:
         ValueError: it is unknown.
     """
     kind = config['type']
-    cls = PROMPTS.get(kind.removeprefix('protune_mm.')) if isinstance(kind, str) else kind
+    cls = _find(kind) if isinstance(kind, str) else kind
     if cls is None:
         PROMPTS.import_from_location()
         raise ValueError(

@@ -142,9 +142,10 @@ def test_the_form_with_a_name_is_small_inside_blocks(base):
     frozen = sum(p.numel() for p in tuned.parameters()) - own
     assert 0.03 * frozen < own <= 0.08 * frozen
     # Who spells it out, with the default type, gets as much.
-    spelled = dict(type='ProTuningBlock', init_mode='principal', act_cfg=None)
-    again = protune_mm.protune(MODELS.build(base), stages='inside', prompt=spelled)
-    assert own == sum(p.numel() for block in prompts(again).values() for p in block.parameters())
+    for kind in ('ProTuningBlock', 'protune_mm.ProTuningBlock', ProTuningBlock):
+        spelled = dict(type=kind, init_mode='principal', act_cfg=None)
+        again = prompts(protune_mm.protune(MODELS.build(base), stages='inside', prompt=spelled))
+        assert own == sum(p.numel() for block in again.values() for p in block.parameters())
 
 
 TWO = """
