@@ -79,9 +79,7 @@ for hidden, scale in ((10, 0.32), (10, 0.56), (10, 0.75), (14, 0.7), (14, 1.0)):
     variants[scales[-1]] = dict(inside, prompt=dict(inside['prompt'], hidden=hidden, scale=scale))
 # In ViT-S, too: as the library makes it, and one over the root of its 32 hidden channels.
 vit = ['inside-principal', 'inside-principal-scale0.18']
-variants[vit[1]] = dict(
-    stages='inside', prompt=dict(init_mode='principal', act_cfg=None, scale=0.18)
-)
+variants[vit[1]] = dict(_base_.principal, prompt=dict(_base_.principal.prompt, scale=0.18))
 for alpha in (12, 24):  # Of LoRA, too: a factor of one and of two.
     scales.append(f'lora-rank12-alpha{alpha}')
     variants[scales[-1]] = dict(prompt=dict(type='LoRA', rank=12, alpha=alpha))
@@ -93,7 +91,7 @@ first = [
     'blocks-hidden48', 'blocks-hidden48-fan-in', 'norm-gelu', 'norm-linear', 'norm-relu',
     'norm-kernel3', 'norm-kernel7', 'norm-dense', 'norm-scale', 'norm-random', 'norm-rate0.3',
 ]  # fmt: skip
-apart = {'stages', 'stages-plain', *first, *scales[1:], vit[1]}
+apart = {'stages-plain', *first, *scales[1:], vit[1]}
 methods = [*ends, *(name for name in variants if name not in apart), *first]
 
 flowers5 = _base_.tasks.flowers5

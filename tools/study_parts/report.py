@@ -294,19 +294,18 @@ def together(found: dict[tuple, dict[str, dict]]) -> list[str]:
                 ahead[name].append((place, differences(ours, cell, hundredths(place[2]))))
     rows = []
     for name, places in ahead.items():
+        first = {}
+        for (task, fraction, _), by_seed in places:
+            first.setdefault((task, fraction), by_seed)  # The first metric comes first.
+        mean_first, error_first = mean_and_error([*first.values()])
+        mean_all, error_all = mean_and_error([by_seed for _, by_seed in places])
         largest = max(share(found[place][name]) for place, _ in places)
-        # A task's first metric comes first.
-        tasks = list({place[:2]: by_seed for place, by_seed in reversed(places)}.values())
         wins = sum(statistics.mean(by_seed.values()) > 0 for _, by_seed in places)
-        means = [mean_and_error(group) for group in (tasks, [by_seed for _, by_seed in places])]
-        told = [f'{value:+.2f} ± {error:.2f} ({len(tasks)})' for value, error in means[:1]]
-        told += [f'{value:+.2f} ± {error:.2f}' for value, error in means[1:]]
-        rows.append(
-            (
-                means[0][0],
-                f'| {name} | {largest:.1%} | {" | ".join(told)} | {wins} of {len(places)} |',
-            )
+        row = (
+            f'| {name} | {largest:.1%} | {mean_first:+.2f} ± {error_first:.2f} ({len(first)}) '
+            f'| {mean_all:+.2f} ± {error_all:.2f} | {wins} of {len(places)} |'
         )
+        rows.append((mean_first, row))
     if not rows:
         return []
     return [
@@ -349,9 +348,8 @@ def verdict(found: dict[tuple, dict[str, dict]], planned: Iterable[str] = ()) ->
             ahead = unit * (ours['score'] - other['score'])
             needed = margin * unit * max(ours['spread'], other['spread'])
             told = 'yes' if ahead >= needed and ahead > -1e-9 else '**no**'
-            cells.append(
-                f'{ahead:+.2f} ± {mean_and_error([differences(ours, other, unit)])[1]:.2f} {told}'
-            )
+            _, error = mean_and_error([differences(ours, other, unit)])
+            cells.append(f'{ahead:+.2f} ± {error:.2f} {told}')
         if full is not None:
             gains.append(unit * (ours['score'] - full['score']))
             first.setdefault((task, fraction), gains[-1])
