@@ -133,7 +133,14 @@ tasks = {
         metrics=['coco/segm_mAP', 'coco/bbox_mAP'],
         fractions=[1.0],
         steps=300,
-        cfg_options={'train_dataloader.batch_size': 2},
+        lrs=[1e-3, 2e-3],
+        channels_last=True,
+        cfg_options={
+            'train_dataloader.batch_size': 2,
+            'train_dataloader.dataset.pipeline.2.scale': (256, 192),
+            'val_dataloader.dataset.pipeline.1.scale': (256, 192),
+            'test_dataloader.dataset.pipeline.1.scale': (256, 192),
+        },
     ),
 }
 

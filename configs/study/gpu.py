@@ -39,5 +39,5 @@ tasks = {
     'flowers5-vit': dict(classify, fractions=[0.05, 0.2, 1.0]),
     'camvid-r18': dict(own_size, fractions=[1.0, 0.2]),
     'bccd': dict(own_size, fractions=[1.0, 0.25]),
-    'camvid-instances': dict(longer),
+    'camvid-instances': dict(own_size),
 }

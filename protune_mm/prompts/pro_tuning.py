@@ -33,7 +33,9 @@ class ProTuningBlock(BaseModule):
             None: no normalization.
         act_cfg: activation after each of the first two convolutions (after the normalization).
             Default GELU; None for none.
-        scale: factor on the prompt. Default 1.
+        scale: factor on the prompt; ``'root'``: one over the root of the hidden channels, as of
+            rank-stabilized LoRA (arXiv 2312.03732): the wider a prompt, the farther a step of Adam
+            moves it. Default 1.
         learnable_scale: train the factor, one number for the block. Default False.
         zero_init: start the last convolution at zero, so that the prompt starts at exactly zero.
             Default True.
@@ -68,16 +70,18 @@ class ProTuningBlock(BaseModule):
         depthwise: bool = True,
         norm_cfg: dict | None = None,
         act_cfg: dict | None = dict(type='GELU'),  # noqa: B006
-        scale: float = 1.0,
+        scale: float | str = 1.0,
         learnable_scale: bool = False,
         zero_init: bool = True,
         hidden: int | None = None,
         init_mode: str = 'fan_out',
     ) -> None:
         super().__init__()
-        for name, value in (('ratio', ratio), ('kernel_size', kernel_size), ('scale', scale)):
+        given = dict(ratio=ratio, kernel_size=kernel_size, scale=1.0 if scale == 'root' else scale)
+        for name, value in given.items():
             if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f'{name}={value!r} is no number')
+                hint = " and not 'root'" if name == 'scale' else ''
+                raise TypeError(f'{name}={value!r} is no number{hint}')
         if hidden is not None and (type(hidden) is not int or hidden < 1):
             raise ValueError(f'hidden={hidden!r} is no number of channels: use 1 or more')
         if hidden is None and (ratio <= 0 or int(channels / ratio) < 1):
@@ -93,6 +97,7 @@ class ProTuningBlock(BaseModule):
             # Where the output is not zero, this start would change it in the middle of a batch.
             raise ValueError("init_mode='principal' needs a start at zero: leave zero_init=True")
         hidden = hidden or int(channels / ratio)
+        scale = hidden**-0.5 if scale == 'root' else scale
         self.zero_init, self.init_mode = zero_init, init_mode
         # A normalization right after a convolution makes its bias redundant.
         bias = norm_cfg is None
