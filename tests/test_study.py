@@ -4,8 +4,10 @@ import json
 import shutil
 
 import pytest
+import torch
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, MODELS, DefaultScope
+from torch import nn
 
 from protune_mm.optim import wrap_constructor
 from tests.conftest import ROOT, run_tool
@@ -503,3 +505,28 @@ def test_images_that_a_fraction_leaves_out_validate(study, parts):
     assert len(val) == len(stock) + len(rest) > len(stock)
     assert val[len(stock)]['inputs'].shape == stock[0]['inputs'].shape
     assert train[0]['inputs'].shape != stock[0]['inputs'].shape
+
+
+def test_channels_last_maps_reach_no_operation_of_mmcv(parts):
+    from mmcv.ops import ModulatedDeformConv2dPack
+    from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
+
+    torch.manual_seed(0)
+    layer = dict(type='RoIAlign', output_size=3, sampling_ratio=0)
+    pooled = SingleRoIExtractor(layer, out_channels=8, featmap_strides=[4])
+    deformed = ModulatedDeformConv2dPack(4, 8, 3, padding=1)
+    nn.init.normal_(deformed.conv_offset.weight, std=0.1)
+    model = nn.ModuleList([nn.Conv2d(3, 4, 3, padding=1), deformed, pooled])
+    rois = torch.tensor([[0, 4.0, 8, 60, 40], [1, 0, 0, 30, 30]])
+
+    def run():
+        maps = model[1](model[0](x))
+        return maps, model[2]([maps.contiguous(memory_format=x_layout)], rois)
+
+    x, x_layout = torch.randn(2, 3, 16, 20), torch.contiguous_format
+    stock = run()
+    parts['training'].to_channels_last(model)
+    x_layout = torch.channels_last
+    assert model[0](x).is_contiguous(memory_format=torch.channels_last)
+    for found, expected in zip(run(), stock, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)  # float32

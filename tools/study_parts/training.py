@@ -20,6 +20,7 @@ from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, DefaultScope
 from mmengine.runner import Runner
 from mmengine.visualization import Visualizer
+from torch import nn
 
 import protune_mm
 from protune_mm import cli
@@ -27,7 +28,9 @@ from protune_mm.compat import stack_versions
 from protune_mm.config import config_backbones, library
 from protune_mm.frozen import prompt_parameters
 from protune_mm.hooks import DivergedError
+from protune_mm.lean.layout import NeedsContiguous, needs_contiguous
 from protune_mm.lean.memory import kept_bytes
+from protune_mm.subclass import add_mixin
 
 from .plan import Run, Study
 from .run_config import config_of, steps_of
@@ -111,7 +114,7 @@ def train(path: str, key: str) -> dict:
             apart.add((path, run.task, run.fraction, run.seed))
         runner = cli.build_runner(cfg)
         if task.get('channels_last'):
-            runner.model.to(memory_format=torch.channels_last)
+            to_channels_last(runner.model)
         runner.register_hook(StopWhenDiverged())
         clock = StepTime()
         runner.register_hook(clock)
@@ -175,6 +178,17 @@ def train(path: str, key: str) -> dict:
             )
         )
     return dict(key=key, status='diverged' if diverged else 'ok', reason='', lines=lines)
+
+
+def to_channels_last(model: nn.Module) -> None:
+    """Let a model run on channels-last maps, which on a CPU is faster."""
+    model.to(memory_format=torch.channels_last)
+    for module in model.modules():
+        # RoIAlign gives wrong numbers, without an error, for maps in that memory.
+        if needs_contiguous(module):
+            module.to(memory_format=torch.contiguous_format)
+            if not isinstance(module, NeedsContiguous):
+                add_mixin(module, NeedsContiguous)
 
 
 def check_apart(cfg: Config, task: str) -> None:
