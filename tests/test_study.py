@@ -249,12 +249,10 @@ def test_a_metric_that_is_not_there_is_no_divergence(study, tmp_path):
 @pytest.fixture
 def parts(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / 'tools'))
-    from study_parts import plan, report, run_config, scenarios, training
+    from study_parts import cells, claim, plan, run_config, scenarios, training
 
-    return {
-        'plan': plan, 'report': report, 'run_config': run_config, 'scenarios': scenarios,
-        'training': training,
-    }  # fmt: skip
+    parts = (cells, claim, plan, run_config, scenarios, training)
+    return {part.__name__.removeprefix('study_parts.'): part for part in parts}
 
 
 def test_a_detector_that_finds_nothing_has_score_0(parts):
@@ -391,7 +389,7 @@ def test_the_rate_is_picked_by_validation_over_all_seeds(parts):
     ]  # fmt: skip
     # Another metric of the same runs, by which another rate were best.
     lines += [line('a', lr, seed, 100 - 10 * lr, lr, 'n') for lr in (1, 2) for seed in (0, 1)]
-    found = parts['report'].cells(Plan, lines)
+    found = parts['cells'].cells(Plan, lines)
     cell = found['t', 1.0, 'm']['a']
     assert (cell['lr'], cell['score'], cell['edge'], cell['complete']) == (2, 15, False, False)
     assert cell['count'] == 5
@@ -409,7 +407,7 @@ def test_the_verdict(parts):
     lines = everywhere('pro-tuning', 70, 0.05) + everywhere('full', 70.5, 1.0)
     lines += everywhere('head-only', 69.5, 0) + everywhere('lora', 67.5, 0.1, by_seed=2)
     lines += everywhere('last-k', 75, 0.2)
-    text = parts['report'].verdict(parts['report'].cells(Plan, lines))
+    text = parts['claim'].verdict(parts['cells'].cells(Plan, lines))
     row = next(row for row in text if row.startswith('| t, 100%, m'))
     # By 0.5 over head-only, whose seeds spread by 0.71; last-k trains too much to be a rival.
     # To LoRA the seeds differ by 2.5 and 1.5.
@@ -419,10 +417,10 @@ def test_the_verdict(parts):
     )
     assert text[-2].endswith('by the first metric of each: -0.50; over all these places: -0.50.')
     # The best rival may be one that has not been run.
-    told = parts['report'].verdict(parts['report'].cells(Plan, lines), ['full', 'mona', 'lorand'])
+    told = parts['claim'].verdict(parts['cells'].cells(Plan, lines), ['full', 'mona', 'lorand'])
     assert '(2 methods not run)' in '\n'.join(told)
     # A method with runs missing: no verdict yet.
-    assert parts['report'].verdict(parts['report'].cells(Plan, lines[:-1])) == []
+    assert parts['claim'].verdict(parts['cells'].cells(Plan, lines[:-1])) == []
 
 
 def test_the_means_over_places(parts):
@@ -433,7 +431,7 @@ def test_the_means_over_places(parts):
     lines += everywhere('lora', 67.5, 0.1, by_seed=2)
 
     def rows(lines):
-        return parts['report'].together(parts['report'].cells(Plan, lines))
+        return parts['claim'].together(parts['cells'].cells(Plan, lines))
 
     assert [row for row in rows(lines) if row.startswith(('| full', '| lora'))] == [
         '| lora | 10.0% | +2.00 ± 0.50 (1) | +2.00 ± 0.50 | 1 of 1 |',

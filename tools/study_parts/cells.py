@@ -1,0 +1,91 @@
+"""Runs of a study by place and method, at the best learning rate of each, and statistics."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+
+from .plan import Study
+
+
+def cells(study: Study, lines: list[dict]) -> dict[tuple, dict[str, dict]]:
+    """(task, fraction, metric) to method to its runs at its best learning rate.
+
+    The learning rate is the one with the best mean validation score of the task's first metric
+    over all seeds; until one has all seeds, over the most that any has.
+    """
+    runs = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for line in lines:
+        place = (line['task'], line['fraction'], line['metric'])
+        runs[place][line['method']][line['lr']].append(line)
+    best, chosen = {}, {}
+    for place, methods in runs.items():
+        task, fraction, _ = place
+        best[place] = {}
+        for method, by_lr in methods.items():
+            seeds = max(len(found) for found in by_lr.values())
+            full = {lr: found for lr, found in by_lr.items() if len(found) == seeds}
+            # The first metric of a task chooses for all: the scores are of one model.
+            lr = chosen.setdefault(
+                (task, fraction, method), max(full, key=lambda lr: mean(full[lr], 'val_score'))
+            )
+            grid = sorted(study.tasks[task].get('lrs', study.lrs))
+            planned = len(grid) * len(study.seeds)
+            count = sum(len(found) for found in by_lr.values())
+            best[place][method] = dict(
+                lr=lr,
+                runs=full.get(lr) or by_lr[lr],
+                score=mean(by_lr[lr], 'score'),
+                val=mean(by_lr[lr], 'val_score'),
+                spread=spread(by_lr[lr], 'score'),
+                val_spread=spread(by_lr[lr], 'val_score'),
+                diverged=sum(line['diverged'] for found in by_lr.values() for line in found),
+                count=count,
+                complete=count == planned,
+                edge=len(grid) > 1 and lr in (grid[0], grid[-1]),
+            )
+    return best
+
+
+def mean(runs: list[dict], key: str) -> float:
+    """Over the runs that have it: one that diverged has no memory."""
+    found = [run[key] for run in runs if run.get(key) is not None]
+    return statistics.mean(found) if found else math.nan
+
+
+def step_time(runs: list[dict]) -> float:
+    """Seconds of a step, the median over runs."""
+    found = [run['step_s'] for run in runs if run.get('step_s') is not None]
+    return statistics.median(found) if found else math.nan
+
+
+def spread(runs: list[dict], key: str) -> float:
+    """Standard deviation over seeds."""
+    return statistics.stdev(run[key] for run in runs) if len(runs) > 1 else 0.0
+
+
+def differences(one: dict, other: dict, unit: float = 1.0) -> dict[int, float]:
+    """How far one method is ahead of another, by seed, where both have it."""
+    first, second = ({run['seed']: run['score'] for run in cell['runs']} for cell in (one, other))
+    return {seed: unit * (first[seed] - second[seed]) for seed in first if seed in second}
+
+
+def mean_and_error(places: list[dict[int, float]]) -> tuple[float, float]:
+    """Mean over places and seeds, and its standard error over the seeds that all places have."""
+    seeds = set.intersection(*map(set, places))
+    means = [statistics.mean(by_seed[seed] for by_seed in places) for seed in seeds]
+    if len(means) < 2:
+        return statistics.mean(means) if means else math.nan, math.nan
+    return statistics.mean(means), statistics.stdev(means) / math.sqrt(len(means))
+
+
+def share(cell: dict) -> float:
+    """Part of the backbone's parameters that a method trains."""
+    run = cell['runs'][0]
+    return run['trainable_backbone'] / run['backbone_parameters']
+
+
+def hundredths(metric: str) -> float:
+    """What makes of a score one that goes to 100: average precision goes to 1."""
+    return 100.0 if 'mAP' in metric else 1.0

@@ -1,0 +1,115 @@
+"""Whether Pro-tuning is ahead: place by place, and over all places."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable
+
+from .cells import differences, hundredths, mean_and_error, share
+
+LIMIT = 0.1
+"""Part of the backbone's parameters that a parameter-efficient method may train."""
+
+
+def together(found: dict[tuple, dict[str, dict]]) -> list[str]:
+    """Pro-tuning against every other method, over all places where both have all their runs."""
+    ahead = defaultdict(list)
+    for place, methods in found.items():
+        ours = methods.get('pro-tuning')
+        if ours is None or not ours['complete']:
+            continue
+        for name, cell in methods.items():
+            if name != 'pro-tuning' and cell['complete']:
+                ahead[name].append((place, differences(ours, cell, hundredths(place[2]))))
+    rows = []
+    for name, places in ahead.items():
+        first = {}
+        for (task, fraction, _), by_seed in places:
+            first.setdefault((task, fraction), by_seed)  # The first metric comes first.
+        mean_first, error_first = mean_and_error([*first.values()])
+        mean_all, error_all = mean_and_error([by_seed for _, by_seed in places])
+        largest = max(share(found[place][name]) for place, _ in places)
+        wins = sum(statistics.mean(by_seed.values()) > 0 for _, by_seed in places)
+        row = (
+            f'| {name} | {largest:.1%} | {mean_first:+.2f} ± {error_first:.2f} ({len(first)}) '
+            f'| {mean_all:+.2f} ± {error_all:.2f} | {wins} of {len(places)} |'
+        )
+        rows.append((mean_first, row))
+    if not rows:
+        return []
+    return [
+        '## Over all places',
+        '',
+        'Points that Pro-tuning is ahead of each other method: mean over tasks and fractions by',
+        'the first metric of each (their number), mean over all places, and in how many of them',
+        'it is ahead; only where both have all their runs. ± is the standard error of the mean,',
+        'over seeds alone: other tasks might tell otherwise.',
+        '',
+        '| method | trains at most | over tasks | over places | ahead in |',
+        '|---|---|---|---|---|',
+        *(row for _, row in sorted(rows)),
+        '',
+    ]
+
+
+def verdict(found: dict[tuple, dict[str, dict]], planned: Iterable[str] = ()) -> list[str]:
+    """Pro-tuning against full fine-tuning, head-only and the best rival, a line a place.
+
+    The number of ``planned`` methods without a run at a place is told: the best rival may be one.
+    """
+    rows, gains, first = [], [], {}
+    for (task, fraction, metric), methods in found.items():
+        ours, full, head = (methods.get(m) for m in ('pro-tuning', 'full', 'head-only'))
+        if ours is None or not all(cell['complete'] for cell in methods.values()):
+            continue
+        unit = hundredths(metric)
+        small = {
+            name: cell
+            for name, cell in methods.items()
+            if name not in ('pro-tuning', 'head-only') and 0 < share(cell) <= LIMIT
+        }
+        rival = max(small, key=lambda name: small[name]['score'], default=None)
+        cells = [f'{task}, {fraction:.0%}, {metric}', f'{unit * ours["score"]:.2f}']
+        for other, margin in ((full, 0.0), (head, 1.0), (small.get(rival), 0.0)):
+            if other is None:
+                cells.append('')
+                continue
+            ahead = unit * (ours['score'] - other['score'])
+            needed = margin * unit * max(ours['spread'], other['spread'])
+            told = 'yes' if ahead >= needed and ahead > -1e-9 else '**no**'
+            _, error = mean_and_error([differences(ours, other, unit)])
+            cells.append(f'{ahead:+.2f} ± {error:.2f} {told}')
+        if full is not None:
+            gains.append(unit * (ours['score'] - full['score']))
+            first.setdefault((task, fraction), gains[-1])
+        within = 'yes' if share(ours) <= LIMIT else '**no**'
+        lacking = len(set(planned) - set(methods))
+        which = f'{rival or ""}{f" ({lacking} methods not run)" if lacking else ""}'
+        rows.append(f'| {" | ".join(cells)} | {which} | {share(ours):.1%} {within} |')
+    if not rows:
+        return []
+    text = [
+        '## Is the claim true here?',
+        '',
+        'Points of Pro-tuning (out of 100) ahead of full fine-tuning; ahead of head-only, "yes" if',
+        'by more than the larger spread; ahead of the best rival that trains at most '
+        f'{LIMIT:.0%} of',
+        f"the backbone's parameters; and whether it keeps to {LIMIT:.0%} itself. ± is the standard",
+        'error of the mean difference, seed by seed. Only places where all methods that have runs',
+        'have all of them; how many methods have none is told behind the best rival.',
+        '',
+        '| place | Pro-tuning | over full | over head-only | over the best rival | which '
+        '| trains |',
+        '|---|---|---|---|---|---|---|',
+        *rows,
+        '',
+    ]
+    if gains:
+        text += [
+            'Ahead of full fine-tuning, mean over the tasks and fractions by the first metric of '
+            f'each: {statistics.mean(first.values()):+.2f}; over all these places: '
+            f'{statistics.mean(gains):+.2f}.',
+            '',
+        ]
+    return text

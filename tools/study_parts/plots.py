@@ -1,0 +1,97 @@
+"""Plots of a study."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use('Agg')
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from .cells import hundredths, mean, step_time
+from .plan import METHODS
+
+
+def slug(*words: object) -> str:
+    """A file name of some words."""
+    return re.sub(r'[^a-z0-9.]+', '-', ' '.join(map(str, words)).lower()).strip('-')
+
+
+OTHERS = (
+    'tab:blue', 'tab:orange', 'tab:green', 'tab:purple', 'tab:brown', 'tab:pink', 'tab:olive',
+    'tab:cyan',
+)  # fmt: skip
+
+AXES = (
+    ('trained parameters in the backbone', lambda runs: mean(runs, 'trainable_backbone')),
+    ('MiB kept for backward', lambda runs: mean(runs, 'peak_memory') / 2**20),
+    ('milliseconds of a step', lambda runs: 1000 * step_time(runs)),
+)
+
+
+def draw(place: tuple, methods: dict[str, dict], out: Path, stem: str, final: bool) -> str:
+    """Draw score against parameters, memory and time; return the name of the picture."""
+    task, fraction, metric = place
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), sharey=True, layout='constrained')
+    score, error = ('score', 'spread') if final else ('val', 'val_spread')
+    unit = hundredths(metric)
+    for axis, (label, value) in zip(axes, AXES, strict=True):
+        for method, cell in methods.items():
+            x = max(value(cell['runs']), 1e-3)
+            y, spreads = unit * cell[score], unit * cell[error]
+            axis.errorbar(x, y, spreads, fmt='o', capsize=3, color=colour(method))
+            axis.annotate(method, (x, y), (4, 4), textcoords='offset points', size=7)
+        axis.set_xlabel(label)
+        if axis is axes[0]:
+            axis.set_xscale('symlog', linthresh=1e4)  # Head-only trains none.
+        else:
+            axis.set_xscale('log')
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel(metric if final else f'{metric}, validation')
+    figure.suptitle(f'{task}, {fraction:.0%} of the labels')
+    return save(figure, out, slug(stem, task, f'{fraction:g}', metric))
+
+
+def draw_fractions(found: dict, out: Path, stem: str) -> list[str]:
+    """Draw score against the fraction of labels, where a task has several."""
+    names = []
+    for task, metric in dict.fromkeys((task, metric) for task, _, metric in found):
+        points = sorted(f for t, f, m in found if (t, m) == (task, metric))
+        if len(points) < 2:
+            continue
+        figure, axis = plt.subplots(figsize=(6, 4), layout='constrained')
+        for method in dict.fromkeys(m for f in points for m in found[task, f, metric]):
+            have = [f for f in points if method in found[task, f, metric]]
+            unit = hundredths(metric)
+            scores = [unit * found[task, f, metric][method]['score'] for f in have]
+            spreads = [unit * found[task, f, metric][method]['spread'] for f in have]
+            axis.errorbar(
+                have, scores, spreads, marker='o', capsize=3, label=method, color=colour(method)
+            )
+        axis.set_xscale('log')
+        axis.set_xlabel('fraction of the labels')
+        axis.set_ylabel(metric)
+        axis.set_title(task)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+        names.append(save(figure, out, slug(stem, task, 'labels', metric)))
+    return names
+
+
+def colour(method: str) -> str:
+    """Pro-tuning and its two twins stand out."""
+    known = {'pro-tuning': 'tab:red', 'full': 'black', 'head-only': 'tab:gray'}
+    if method in known:
+        return known[method]
+    names = [name for name in METHODS if name not in known]
+    return OTHERS[names.index(method) % len(OTHERS)] if method in names else 'tab:blue'
+
+
+def save(figure: Figure, out: Path, name: str) -> str:
+    """Write a picture."""
+    figure.savefig(out / f'{name}.png', dpi=80)
+    plt.close(figure)
+    return f'{name}.png'
