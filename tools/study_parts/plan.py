@@ -107,8 +107,8 @@ class Study:
         path: of a file such as ``configs/study/cpu.py``.
 
     Raises:
-        ValueError: a method is unknown, a variant has the name of a method, or a task lacks a part
-            or has one that is unknown or out of range.
+        ValueError: a method is unknown, a variant has the name of a method, a task lacks a part or
+            has one that is unknown or out of range, or the options leave out its backbone.
     """
 
     def __init__(self, path: str) -> None:
@@ -131,6 +131,8 @@ class Study:
             if name in METHODS:
                 raise ValueError(f"{path}: variant '{name}' has the name of a method: use another")
         self._check_methods(path, self.methods)
+        for backbone, by_method in self.options.items():
+            self._check_methods(f"{path}: options of '{backbone}'", by_method)
         for name, task in self.tasks.items():
             self._check_task(name, task)
 
@@ -150,6 +152,11 @@ class Study:
                 raise ValueError(
                     f'{where} has `{key}`, which is unknown: a task may have {", ".join(OPTIONAL)}'
                 )
+        if self.options and task['backbone'] not in self.options:
+            raise ValueError(
+                f"{where}: options has none for backbone='{task['backbone']}': it has "
+                f"{', '.join(self.options)}; add '{task['backbone']}': {{}} if there are none"
+            )
         self._check_methods(where, task.get('methods', ()))
         self._check_methods(f'{where}: options', task.get('options', ()))
         self._check_scenarios(where, task)
