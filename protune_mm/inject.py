@@ -24,13 +24,7 @@ from .features import (
 from .frozen import Options, PromptedBlock, ProTunedBackbone, freeze
 from .lean import lean_options, make_lean
 from .policies import blocks_of, check_policy, keeps_lean_layers, parameters_of
-from .prompt_config import (
-    chooses_width,
-    own_options,
-    prompt_class,
-    prompt_config,
-    scaled_for_tokens,
-)
+from .prompt_config import chooses_width, own_options, prompt_class, prompt_config
 from .sites import affine_sites, choose_sites, stage_table
 from .stages import find_family, refusal
 from .subclass import add_mixin, stock_type
@@ -65,8 +59,7 @@ def protune(
             ``dict(type='ProTuningBlock', ratio=8, last='residual', extra_tokens='map',
             features='prompted')``, or a name: ``'paper'``, or ``'principal'``, which starts from
             the principal directions of the first batch and has no activation, for
-            ``stages='inside'``; with that start, and no ``scale`` given, prompts of tokens have
-            ``scale='root'``. ``last='series'`` (the paper's form) lets the prompt of the last
+            ``stages='inside'``. ``last='series'`` (the paper's form) lets the prompt of the last
             stage replace that stage's output; ``'residual'`` adds it. ``extra_tokens`` says what
             the class token receives where a head reads nothing else: ``'map'``, a prompt of its
             own, or ``'mean'``, the mean of the patches' prompt. ``features='plain'`` gives a neck
@@ -128,11 +121,7 @@ def protune(
     parameters = parameters_of(policy, module)
     blocks = blocks_of(policy, module, stage_table(module, named=not policy.startswith('last')))
     # Everything that can fail on bad input is done before the module is touched.
-    whole = options.prompt
-    if any(_of_tokens(site) for site in sites if site.config is None):
-        whole = scaled_for_tokens(whole)
-    by_ratio = not chooses_width(prompt) and options.stages in (None, 'inside')
-    prompts = _build_prompts(module, sites, whole, by_ratio)
+    prompts = _build_prompts(module, sites, options, chooses_width(prompt))
     likes = [_home(module.get_submodule(site.block), module) for site in sites]
     # Some stock layers prepare what evaluation needs when they are told of it.
     mode = module.training
@@ -145,17 +134,16 @@ def protune(
         _attach(module, site, block.to(**home))
     freeze(module, options, weights_given, mode, blocks, parameters)
     module._protune.base_checkpoint = base_checkpoint
-    module._protune.placed = placed_options(options, whole, sites)
+    module._protune.placed = placed_options(options, sites)
     module._protune.places = len(sites)
     return module
 
 
-def placed_options(options: Options, prompt: dict, sites: list[Site]) -> dict:
+def placed_options(options: Options, sites: list[Site]) -> dict:
     """What decides what prompts compute besides their weights, as a checkpoint keeps it.
 
     Args:
         options: how the backbone is Pro-tuned.
-        prompt: config of its prompts, whole.
         sites: where its prompts are.
 
     Returns:
@@ -166,7 +154,7 @@ def placed_options(options: Options, prompt: dict, sites: list[Site]) -> dict:
     if options.lean is not None and options.lean.dtype:
         placed['lean.dtype'] = options.lean.dtype
     if sites:
-        cls = prompt_class(prompt)
+        cls = prompt_class(options.prompt)
         placed['blocks'] = [site.block for site in sites if site.config is None]
         placed['prompt.type'] = cls.__name__
         own = {
@@ -174,7 +162,7 @@ def placed_options(options: Options, prompt: dict, sites: list[Site]) -> dict:
             for name, parameter in inspect.signature(cls).parameters.items()
             if parameter.default is not inspect.Parameter.empty
         }
-        own |= {key: value for key, value in prompt.items() if key != 'type'}
+        own |= {key: value for key, value in options.prompt.items() if key != 'type'}
         for key in own.keys() - set(getattr(cls, 'start_only', ('zero_init',))):
             placed[f'prompt.{key}'] = own[key]
     return json.loads(json.dumps(placed, sort_keys=True, default=str))
@@ -188,24 +176,25 @@ RATIOS = (8, 12, 16, 24, 32, 48, 64)
 
 
 def _build_prompts(
-    module: nn.Module, sites: list[Site], config: dict, by_ratio: bool
+    module: nn.Module, sites: list[Site], options: Options, width_given: bool
 ) -> list[nn.Module]:
     """Prompts for all sites; narrower than the default ratio where they would be too large."""
-    if not by_ratio:
-        return [_build_prompt(site, config) for site in sites]
+    if width_given or options.stages not in (None, 'inside'):
+        return [_build_prompt(site, options.prompt) for site in sites]
     budget = SHARE * sum(p.numel() for p in module.parameters())
     for ratio in RATIOS:
         # At least one channel each.
         built = [
-            _build_prompt(site, {**config, 'ratio': min(ratio, site.channels)}) for site in sites
+            _build_prompt(site, {**options.prompt, 'ratio': min(ratio, site.channels)})
+            for site in sites
         ]
         size = sum(p.numel() for prompt in built for p in prompt.parameters())
         if size <= budget:
             break
-    if ratio != config['ratio']:
+    if ratio != options.prompt['ratio']:
         print_log(
             f'{type(module).__name__}: prompts have ratio {ratio}, so that they stay within '
-            f'{SHARE:.0%} of its parameters; prompt=dict(ratio={config["ratio"]}) for more',
+            f'{SHARE:.0%} of its parameters; prompt=dict(ratio={options.prompt["ratio"]}) for more',
             logger='current',
         )
     return built
@@ -225,14 +214,6 @@ def _build_prompt(site: Site, config: dict) -> nn.Module:
             return cls(channels=site.channels, **options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"prompt of stage '{site.name}': {error}") from error
-
-
-def _of_tokens(site: Site) -> bool:
-    """Whether what a prompt reads are tokens, by the stage table."""
-    layout = site.layout
-    while isinstance(layout, Item | Beside):
-        layout = layout.layout
-    return isinstance(layout, Tokens)
 
 
 def _home(block: nn.Module, module: nn.Module) -> dict:

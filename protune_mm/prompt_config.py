@@ -70,20 +70,6 @@ def _find(name: str) -> type[nn.Module] | None:
     return PROMPTS.get(name.removeprefix('protune_mm.'))
 
 
-def scaled_for_tokens(config: dict) -> dict:
-    """The config of prompts in a backbone of tokens.
-
-    With the principal start a scale of one was four points behind there, and its seeds far apart:
-    docs/study/findings.md. In maps it is the better one at a rate of 1e-3.
-
-    Args:
-        config: of the prompt, whole.
-    """
-    if config.get('init_mode') != 'principal' or 'scale' in config or not _of_default_type(config):
-        return config
-    return {**config, 'scale': 'root'}
-
-
 def own_options(config: dict) -> dict:
     """What of a prompt's config the prompt type itself takes."""
     return {k: v for k, v in config.items() if k != 'type' and k not in PLACED}

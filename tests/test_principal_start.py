@@ -148,44 +148,6 @@ def test_the_form_with_a_name_is_small_inside_blocks(base):
         assert own == sum(p.numel() for block in again.values() for p in block.parameters())
 
 
-def vit(**options):
-    base = dict(type='mmpretrain.VisionTransformer', arch='deit-s', img_size=32, patch_size=8)
-    return protune_mm.protune(MODELS.build(base), stages='inside', **options)
-
-
-def test_in_tokens_the_scale_follows_the_width():
-    spelled = dict(type='protune_mm.ProTuningBlock', init_mode='principal')
-    for prompt in ('principal', dict(init_mode='principal', hidden=25), spelled):
-        tuned = vit(prompt=prompt)
-        for block in prompts(tuned).values():
-            assert block.scale == pytest.approx(block.down.out_channels**-0.5)
-        # A checkpoint tells it apart from one of the same weights at another scale.
-        assert tuned._protune.placed['prompt.scale'] == 'root'
-        assert protune_mm.protune(tuned, stages='inside', prompt=prompt) is tuned
-    chosen = dict(init_mode='principal', scale=1.0)
-    random = dict(act_cfg=None)
-    for prompt in (chosen, random):
-        assert {block.scale for block in prompts(vit(prompt=prompt)).values()} == {1.0}
-    maps = MODELS.build(dict(type='mmpretrain.MobileNetV2'))
-    tuned = protune_mm.protune(maps, stages='inside', prompt='principal')
-    assert {block.scale for block in prompts(tuned).values()} == {1.0}
-
-
-@pytest.mark.parametrize('learnable', [True, False])
-def test_the_scale_of_the_width(learnable):
-    options = dict(hidden=4, learnable_scale=learnable, zero_init=False)
-    torch.manual_seed(0)
-    root = ProTuningBlock(8, scale='root', **options)
-    one = ProTuningBlock(8, **options)
-    one.load_state_dict(
-        {**root.state_dict(), **({'scale': torch.tensor(1.0)} if learnable else {})}
-    )
-    x = torch.randn(2, 8, 5, 5)
-    torch.testing.assert_close(root(x), one(x) / 2)  # float32
-    with pytest.raises(TypeError, match="scale='rot' is no number and not 'root'"):
-        ProTuningBlock(8, scale='rot')
-
-
 TWO = """
 import torch, torch.distributed as dist
 from protune_mm.prompts import ProTuningBlock

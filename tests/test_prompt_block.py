@@ -109,3 +109,18 @@ def test_a_ratio_that_leaves_no_channel_is_an_error(ratio):
 def test_an_even_kernel_is_an_error():
     with pytest.raises(ValueError, match='kernel_size=4'):
         ProTuningBlock(16, kernel_size=4)
+
+
+@pytest.mark.parametrize('learnable', [True, False])
+def test_the_scale_of_the_width(learnable):
+    options = dict(hidden=4, learnable_scale=learnable, zero_init=False)
+    torch.manual_seed(0)
+    root = ProTuningBlock(8, scale='root', **options)
+    one = ProTuningBlock(8, **options)
+    one.load_state_dict(
+        {**root.state_dict(), **({'scale': torch.tensor(1.0)} if learnable else {})}
+    )
+    x = torch.randn(2, 8, 5, 5)
+    torch.testing.assert_close(root(x), one(x) / 2)  # float32
+    with pytest.raises(TypeError, match="scale='rot' is no number and not 'root'"):
+        ProTuningBlock(8, scale='rot')

@@ -507,7 +507,7 @@ def test_images_that_a_fraction_leaves_out_validate(study, parts):
     assert train[0]['inputs'].shape != stock[0]['inputs'].shape
 
 
-def test_channels_last_maps_reach_no_operation_of_mmcv(parts):
+def test_channels_last_maps_reach_no_layer_of_mmcv(parts):
     from mmcv.ops import ModulatedDeformConv2dPack
     from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
 

@@ -73,13 +73,11 @@ variants = {
 }
 # How far a step moves what the prompts add, by their scale and width.
 scales = ['inside-hidden10-principal', 'inside-principal']
-variants['inside-principal'] = dict(
-    _base_.principal, prompt=dict(_base_.principal.prompt, scale=1.0)
-)
+variants['inside-principal'] = dict(stages='inside', prompt='principal')
 for hidden, scale in ((10, 0.32), (10, 0.56), (10, 0.75), (14, 0.7), (14, 1.0)):
     scales.append(f'inside-hidden{hidden}-principal-scale{scale:g}')
     variants[scales[-1]] = dict(inside, prompt=dict(inside['prompt'], hidden=hidden, scale=scale))
-# In ViT-S, too: and as the library makes it there, one over the root of its 32 hidden channels.
+# In ViT-S, too: of one, and of one over the root of its 32 hidden channels.
 vit = ['inside-principal', 'inside-principal-scale0.18']
 variants[vit[1]] = dict(_base_.principal, prompt=dict(_base_.principal.prompt, scale=0.18))
 for alpha in (12, 24):  # Of LoRA, too: a factor of one and of two.

@@ -98,10 +98,10 @@ class Study:
     of the common corruptions, ``shifts`` (transforms that make another domain of the test split, by
     name), ``attacks`` with budgets in 255ths, on ``every`` such test image.
 
-    ``options`` (by backbone, then method; of a task by method, over those) and ``variants``
-    (methods of this file) are what the line of the backbone gets, and besides ``prompt_lr_mult``
-    and ``prompt_warmup``, the part of the steps that :class:`protune_mm.optim.PromptWarmup` takes.
-    ``note`` is a sentence for the report.
+    ``options`` (by backbone, then method, ``{}`` for a backbone without; of a task by method, over
+    those) and ``variants`` (methods of this file) are what the line of the backbone gets, and
+    besides ``prompt_lr_mult`` and ``prompt_warmup``, the part of the steps that
+    :class:`protune_mm.optim.PromptWarmup` takes. ``note`` is a sentence for the report.
 
     Args:
         path: of a file such as ``configs/study/cpu.py``.
