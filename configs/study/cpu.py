@@ -133,7 +133,7 @@ tasks = {
         metrics=['coco/segm_mAP', 'coco/bbox_mAP'],
         fractions=[1.0],
         steps=300,
-        lrs=[1e-3, 2e-3],
+        lrs=[1e-3, 2e-3, 4e-3],
         channels_last=True,
         cfg_options={
             'train_dataloader.batch_size': 2,
