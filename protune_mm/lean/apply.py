@@ -31,7 +31,7 @@ from .layers import (
     LeanLinear,
     LeanOptions,
 )
-from .layout import NeedsContiguous, needs_contiguous
+from .layout import give_contiguous
 
 TORCH: dict[type, type] = {
     nn.Conv2d: LeanConv2d,
@@ -129,8 +129,8 @@ def make_lean(
         inside = set(block.modules())
         pairs = [pair for pair in pairs if not (pair[0] in inside and pair[1] not in inside)]
     for module in list(backbone.modules()):
-        if options.channels_last is not False and needs_contiguous(module):
-            add_mixin(module, NeedsContiguous)
+        if options.channels_last is not False:
+            give_contiguous(module)
         form = lean_form(stock_type(module))
         if form is None or (form is LeanActivation and getattr(module, 'negative_slope', 0) < 0):
             continue

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ..subclass import add_mixin
 from .derived import tracing
 from .masks import is_channels_last, to_channels_last
 
@@ -63,6 +64,8 @@ class NeedsContiguous:
         return super().forward(*args, **kwargs)
 
 
-def needs_contiguous(module: nn.Module) -> bool:
-    """Whether a layer, or a class it derives from, is one of mmcv's operations."""
-    return any(cls.__module__.startswith('mmcv.ops.') for cls in type(module).__mro__)
+def give_contiguous(module: nn.Module) -> None:
+    """Let a layer that is one of mmcv's operations, or derives from one, get contiguous maps."""
+    of_mmcv = any(cls.__module__.startswith('mmcv.ops.') for cls in type(module).__mro__)
+    if of_mmcv and not isinstance(module, NeedsContiguous):
+        add_mixin(module, NeedsContiguous)

@@ -28,9 +28,8 @@ from protune_mm.compat import stack_versions
 from protune_mm.config import config_backbones, library
 from protune_mm.frozen import prompt_parameters
 from protune_mm.hooks import DivergedError
-from protune_mm.lean.layout import NeedsContiguous, needs_contiguous
+from protune_mm.lean.layout import NeedsContiguous, give_contiguous
 from protune_mm.lean.memory import kept_bytes
-from protune_mm.subclass import add_mixin
 
 from .plan import Run, Study
 from .run_config import config_of, steps_of
@@ -185,10 +184,9 @@ def to_channels_last(model: nn.Module) -> None:
     model.to(memory_format=torch.channels_last)
     for module in model.modules():
         # RoIAlign gives wrong numbers, without an error, for maps in that memory.
-        if needs_contiguous(module):
+        give_contiguous(module)
+        if isinstance(module, NeedsContiguous):
             module.to(memory_format=torch.contiguous_format)
-            if not isinstance(module, NeedsContiguous):
-                add_mixin(module, NeedsContiguous)
 
 
 def check_apart(cfg: Config, task: str) -> None:
