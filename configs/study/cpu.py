@@ -124,6 +124,7 @@ tasks = {
         fruit,
         config='configs/small/retinanet_protune_mobilenetv2_bccd.py',
         fractions=[1.0],
+        lrs=[5e-4, 1e-3, 2e-3, 4e-3],
         steps=300,
         scenarios=dict(every=6, severities=[3]),
     ),
