@@ -47,8 +47,10 @@ def draw(place: tuple, methods: dict[str, dict], out: Path, stem: str, final: bo
         axis.set_xlabel(label)
         if axis is axes[0]:
             axis.set_xscale('symlog', linthresh=1e4)  # Head-only trains none.
-        else:
+        elif axis is axes[1]:
             axis.set_xscale('log')
+        else:
+            axis.set_xlim(left=0)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(metric if final else f'{metric}, validation')
     figure.suptitle(f'{task}, {fraction:.0%} of the labels')
@@ -72,11 +74,13 @@ def draw_fractions(found: dict, out: Path, stem: str) -> list[str]:
                 have, scores, spreads, marker='o', capsize=3, label=method, color=colour(method)
             )
         axis.set_xscale('log')
+        axis.set_xticks(points, [f'{fraction:.3g}' for fraction in points])
+        axis.set_xticks([], minor=True)
         axis.set_xlabel('fraction of the labels')
         axis.set_ylabel(metric)
         axis.set_title(task)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, loc='center left', bbox_to_anchor=(1, 0.5))
         names.append(save(figure, out, slug(stem, task, 'labels', metric)))
     return names
 
