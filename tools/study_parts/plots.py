@@ -26,10 +26,23 @@ OTHERS = (
 )  # fmt: skip
 
 AXES = (
-    ('trained parameters in the backbone', lambda runs: mean(runs, 'trainable_backbone')),
-    ('MiB kept for backward', lambda runs: mean(runs, 'peak_memory') / 2**20),
-    ('milliseconds of a step', lambda runs: 1000 * step_time(runs)),
+    (
+        'trained parameters in the backbone',
+        lambda runs: mean(runs, 'trainable_backbone'),
+        lambda axis: axis.set_xscale('symlog', linthresh=1e4),  # Head-only trains none.
+    ),
+    (
+        'MiB kept for backward',
+        lambda runs: mean(runs, 'peak_memory') / 2**20,
+        lambda axis: axis.set_xscale('log'),
+    ),
+    (
+        'milliseconds of a step',
+        lambda runs: 1000 * step_time(runs),
+        lambda axis: axis.set_xlim(left=0),
+    ),
 )
+"""Label of an axis, what it shows of a method's runs, and what sets its scale."""
 
 
 def draw(place: tuple, methods: dict[str, dict], out: Path, stem: str, final: bool) -> str:
@@ -38,19 +51,14 @@ def draw(place: tuple, methods: dict[str, dict], out: Path, stem: str, final: bo
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), sharey=True, layout='constrained')
     score, error = ('score', 'spread') if final else ('val', 'val_spread')
     unit = hundredths(metric)
-    for axis, (label, value) in zip(axes, AXES, strict=True):
+    for axis, (label, value, set_scale) in zip(axes, AXES, strict=True):
         for method, cell in methods.items():
             x = max(value(cell['runs']), 1e-3)
             y, spreads = unit * cell[score], unit * cell[error]
             axis.errorbar(x, y, spreads, fmt='o', capsize=3, color=colour(method))
             axis.annotate(method, (x, y), (4, 4), textcoords='offset points', size=7)
         axis.set_xlabel(label)
-        if axis is axes[0]:
-            axis.set_xscale('symlog', linthresh=1e4)  # Head-only trains none.
-        elif axis is axes[1]:
-            axis.set_xscale('log')
-        else:
-            axis.set_xlim(left=0)
+        set_scale(axis)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(metric if final else f'{metric}, validation')
     figure.suptitle(f'{task}, {fraction:.0%} of the labels')
