@@ -76,8 +76,9 @@ KEYS = {
 
 def test_a_study_runs_and_goes_on_where_it_was(study, tmp_path):
     # A rate at which the loss of full fine-tuning is no number after a step or two.
-    file, out = study(other=1e30), tmp_path / 'out'
-    run(file, out)
+    file, out = study(other=1e30, fractions=(1.0, 0.5)), tmp_path / 'out'
+    all_labels = ('--fraction', 1)
+    run(file, out, *all_labels)
     rows = read(out)
     assert len(rows) == 4
     assert all(set(row) >= KEYS for row in rows)
@@ -97,7 +98,7 @@ def test_a_study_runs_and_goes_on_where_it_was(study, tmp_path):
     # Cut off in the middle of a line.
     whole = (out / 'results.jsonl').read_text()
     (out / 'results.jsonl').write_text(whole[:-30])
-    again = run(file, out)
+    again = run(file, out, *all_labels)
     assert '[1/1, 0 min left]' in again.stdout
     last = json.loads(whole.splitlines()[-1])
     new = read(out)[-1]
@@ -169,6 +170,7 @@ def test_scenarios(study):
         (dict(seeds='sets'), (), 'has no `seeds`'),
         (dict(classifier='clasifier'), (), "task 'small' has no config"),
         (dict(), ('--method', 'mona'), '--method mona: '),
+        (dict(), ('--fraction', '0.5'), 'study.py has 1.0'),
         (dict(), ('--run', 'small lora'), "'small lora' names no run: use"),
         (dict(), ('--run', 'small lorra 1 0.1 0'), 'has the tasks small; methods are full,'),
         (
@@ -192,6 +194,8 @@ def test_bad_input(study, tmp_path, change, more, message):
         ('steps=3,', '', "task 'small' has no `steps`: a task has config, backbone, metrics"),
         ('steps=3,', 'steps=1,', "task 'small': steps=1 leaves no step after the warm-up"),
         ('steps=3,', 'steps=3, stepz=4,', "task 'small' has `stepz`, which is unknown"),
+        ('steps=3,', 'steps=3, seeds=[],', "task 'small': seeds=[]: use different whole numbers"),
+        ('seeds = [0]', 'seeds = [0, 0]', 'study.py: seeds=[0, 0]: use different whole numbers'),
         ('[1.0]', '[1.5]', "task 'small': fraction 1.5 is no part of the labels"),
         ('steps=3,', 'steps=3, full_lr_mult=0,', "task 'small': full_lr_mult=0 is no factor"),
         ('steps=3,', "steps=3, methods=['lorra'],", "task 'small': method 'lorra' is unknown"),
@@ -371,13 +375,22 @@ def test_a_long_tail_counts_the_images_that_are_left(study, parts):
 
 
 class Plan:
-    tasks = dict(t=dict())
+    tasks = dict(t=dict(), more=dict())
     lrs, seeds = [1, 2, 3], [0, 1]
 
+    @classmethod
+    def lrs_of(cls, task):
+        return cls.lrs
 
-def line(method, lr, seed, val, score, metric='m', share=0.05):
+    @classmethod
+    def seeds_of(cls, task):
+        # `more` has a seed more than `t`.
+        return cls.seeds + [2] * (task == 'more')
+
+
+def line(method, lr, seed, val, score, metric='m', share=0.05, task='t'):
     return dict(
-        task='t', fraction=1.0, metric=metric, method=method, lr=lr, seed=seed, val_score=val,
+        task=task, fraction=1.0, metric=metric, method=method, lr=lr, seed=seed, val_score=val,
         score=score, diverged=False, trainable_backbone=1000 * share, backbone_parameters=1000,
     )  # fmt: skip
 
@@ -420,7 +433,9 @@ def test_the_verdict(parts):
     assert text[-2].endswith('by the first metric of each: -0.50; over all these places: -0.50.')
     # The best rival may be one that has not been run.
     told = parts['claim'].verdict(parts['cells'].cells(Plan, lines), ['full', 'mona', 'lorand'])
-    assert '(2 methods not run)' in '\n'.join(told)
+    assert '(2 not run)' in '\n'.join(told)
+    alone = parts['cells'].cells(Plan, [one for one in lines if one['method'] != 'lora'])
+    assert '| none (1 not run) |' in '\n'.join(parts['claim'].verdict(alone, ['mona']))
     # A method with runs missing: no verdict yet.
     assert parts['claim'].verdict(parts['cells'].cells(Plan, lines[:-1])) == []
 
@@ -442,6 +457,33 @@ def test_the_means_over_places(parts):
     # A method with runs missing is not compared, nor is Pro-tuning.
     assert not [row for row in rows(lines[:-1]) if row.startswith('| lora')]
     assert rows(lines[1:3]) == []
+
+
+def test_a_task_with_more_seeds_counts_once(parts):
+    """With all of its seeds; the error is over those that all tasks have."""
+    lines = everywhere('pro-tuning', 70, 0.05) + everywhere('full', 68, 1.0)
+    for seed, ahead in enumerate((2, 4, 12)):
+        for lr in Plan.lrs:
+            lines.append(line('pro-tuning', lr, seed, 0, 50 + ahead, task='more'))
+            lines.append(line('full', lr, seed, 0, 50, share=1.0, task='more'))
+    found = parts['cells'].cells(Plan, lines)
+    assert found['more', 1.0, 'm']['full']['complete']
+    # By 2 in `t`, by 6 in `more`; with the seeds of both, by (2 + 2) / 2 and (2 + 4) / 2.
+    rows = parts['claim'].together(found)
+    assert '| full | 100.0% | +4.00 ± 0.50 (2) | +4.00 ± 0.50 | 2 of 2 |' in rows
+    lines = [one for one in lines if (one['task'], one['seed']) != ('more', 2)]
+    assert not parts['cells'].cells(Plan, lines)['more', 1.0, 'm']['full']['complete']
+
+
+def test_the_seeds_of_a_task(study, parts):
+    """They are its own where it has some, and old results go on counting."""
+    few = parts['plan'].Study(str(study()))
+    old = {run.key: few.setting(run) for run in few.runs()}
+    more = parts['plan'].Study(str(study(**{'steps=3': 'steps=3, seeds=[0, 4]'})))
+    new = {run.key: more.setting(run) for run in more.runs()}
+    assert {parts['plan'].Run.of(key).seed for key in new} == {0, 4}
+    assert len(new) == 2 * len(old)
+    assert old.items() <= new.items()
 
 
 @pytest.mark.parametrize('name', ['cpu', 'gpu', 'ablation', 'held_out'])

@@ -1,7 +1,7 @@
 """Compare tuning methods over tasks, fractions of the labels and seeds.
 
     python tools/study.py configs/study/cpu.py                    # all runs, on all cores
-    python tools/study.py configs/study/cpu.py --task flowers5 --jobs 1
+    python tools/study.py configs/study/cpu.py --task flowers5 --fraction 0.2 --jobs 1
     python tools/study.py configs/study/cpu.py --run "flowers5 pro-tuning 1 0.001 0"
     python tools/study.py configs/study/cpu.py --table            # draw tables and plots again
 
@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument('study', help='the file of a study')
     parser.add_argument('--task', nargs='+', help='only these tasks')
     parser.add_argument('--method', nargs='+', help='only these methods')
+    parser.add_argument('--fraction', nargs='+', type=float, help='only these parts of the labels')
     parser.add_argument('--run', help='one run, by the key in its results; print its lines')
     parser.add_argument('--table', action='store_true', help='run nothing, draw tables and plots')
     parser.add_argument(
@@ -65,20 +66,18 @@ def main() -> None:
     study.results_name = args.results
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    for name, chosen, known in (
-        ('task', args.task, study.tasks),
-        ('method', args.method, dict.fromkeys(run.method for run in study.runs())),
-    ):
-        for one in chosen or ():
+    planned = runs = study.runs()
+    for name in ('task', 'method', 'fraction'):
+        chosen = getattr(args, name) or ()
+        known = dict.fromkeys(getattr(run, name) for run in planned)
+        for one in chosen:
             if one not in known:
-                parser.error(f'--{name} {one}: {args.study} has {", ".join(known)}')
-    runs = [
-        run
-        for run in study.runs()
-        if run.task in (args.task or study.tasks) and run.method in (args.method or [run.method])
-    ]
+                parser.error(f'--{name} {one}: {args.study} has {", ".join(map(str, known))}')
+        runs = [run for run in runs if not chosen or getattr(run, name) in chosen]
+    if not runs:
+        parser.error(f'{args.study} has none of these methods and fractions in these tasks')
     results = StudyResults(out / args.results, args.jobs)
-    results.keep({run.key: study.setting(run) for run in study.runs()})
+    results.keep({run.key: study.setting(run) for run in planned})
     if not args.table:
         study.check_ready(dict.fromkeys(run.task for run in runs))
         results.work(functools.partial(train, args.study), [run.key for run in runs])

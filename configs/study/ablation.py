@@ -94,13 +94,11 @@ first = [
 apart = {'stages-plain', *first, *scales[1:], vit[1]}
 methods = [*ends, *(name for name in variants if name not in apart), *first]
 
-flowers5 = _base_.tasks.flowers5
-fruit, camvid = (
+flowers5, fruit, camvid = (
     {key: value for key, value in task.items() if key != 'scenarios'}
-    for task in (_base_.tasks.fruit, _base_.tasks.camvid)
+    for task in (_base_.tasks.flowers5, _base_.tasks.fruit, _base_.tasks.camvid)
 )
 tasks = {
-    '_delete_': True,
     'flowers5': dict(
         flowers5, fractions=[0.05], few_steps=150, lrs=[3e-4, 1e-3, 3e-3, 1e-2], methods=first
     ),
@@ -136,4 +134,7 @@ two = [f'inside-hidden10-principal-scale{scale}' for scale in (0.32, 0.75)]
 tasks['long-tail-scale'] = dict(_base_.tasks['flowers5-long-tailed'], methods=two)
 tasks['flowers5-vit-scale'] = dict(_base_.tasks['flowers5-vit'], methods=vit)
 tasks['fruit-scale'] = dict(_base_.tasks.fruit, fractions=[1.0], methods=two)
+# A study may give a task more seeds: what these choose has those of all.
+tasks = {name: dict(task, seeds=_base_.seeds) for name, task in tasks.items()}
+tasks['_delete_'] = True
 del hidden, scale, alpha

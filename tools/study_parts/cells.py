@@ -30,8 +30,8 @@ def cells(study: Study, lines: list[dict]) -> dict[tuple, dict[str, dict]]:
             lr = chosen.setdefault(
                 (task, fraction, method), max(full, key=lambda lr: mean(full[lr], 'val_score'))
             )
-            grid = sorted(study.tasks[task].get('lrs', study.lrs))
-            planned = len(grid) * len(study.seeds)
+            grid = sorted(study.lrs_of(task))
+            planned = len(grid) * len(study.seeds_of(task))
             count = sum(len(found) for found in by_lr.values())
             best[place][method] = dict(
                 lr=lr,
@@ -72,12 +72,18 @@ def differences(one: dict, other: dict, unit: float = 1.0) -> dict[int, float]:
 
 
 def mean_and_error(places: list[dict[int, float]]) -> tuple[float, float]:
-    """Mean over places and seeds, and its standard error over the seeds that all places have."""
+    """Mean over places, and its standard error over the seeds that all places have.
+
+    A place with more seeds than others counts once, with all of its seeds.
+    """
+    average = statistics.mean(
+        statistics.mean(by_seed.values()) if by_seed else math.nan for by_seed in places
+    )
     seeds = set.intersection(*map(set, places))
+    if len(seeds) < 2:
+        return average, math.nan
     means = [statistics.mean(by_seed[seed] for by_seed in places) for seed in seeds]
-    if len(means) < 2:
-        return statistics.mean(means) if means else math.nan, math.nan
-    return statistics.mean(means), statistics.stdev(means) / math.sqrt(len(means))
+    return average, statistics.stdev(means) / math.sqrt(len(means))
 
 
 def share(cell: dict) -> float:

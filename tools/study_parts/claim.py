@@ -85,7 +85,8 @@ def verdict(found: dict[tuple, dict[str, dict]], planned: Iterable[str] = ()) ->
             first.setdefault((task, fraction), gains[-1])
         within = 'yes' if share(ours) <= LIMIT else '**no**'
         lacking = len(set(planned) - set(methods))
-        which = f'{rival or ""}{f" ({lacking} methods not run)" if lacking else ""}'
+        which = rival or 'none'
+        which += f' ({lacking} not run)' if lacking else ''
         rows.append(f'| {" | ".join(cells)} | {which} | {share(ours):.1%} {within} |')
     if not rows:
         return []

@@ -38,7 +38,7 @@ METHODS: dict[str, dict] = {
 NEEDED = ('config', 'backbone', 'metrics', 'fractions', 'steps')
 OPTIONAL = (
     'few_steps', 'lrs', 'cfg_options', 'channels_last', 'long_tail', 'scenarios', 'prompt_lr_mult',
-    'full_lr_mult', 'validate_on_rest', 'methods', 'options',
+    'full_lr_mult', 'validate_on_rest', 'methods', 'options', 'seeds',
 )  # fmt: skip
 """Keys of a task."""
 SCENARIOS = ('every', 'severities', 'shifts', 'attacks')
@@ -89,8 +89,8 @@ class Study:
     """A study's file: ``tasks``, ``methods``, ``lrs``, ``seeds``, and ``options``, ``variants``.
 
     A task has ``config``, ``backbone``, ``metrics``, ``fractions`` and ``steps``, and may have
-    ``few_steps`` (below half of the labels), ``lrs`` and ``methods`` of its own, ``cfg_options``,
-    ``channels_last`` (the memory of the model's maps), ``long_tail`` (the ratio of
+    ``few_steps`` (below half of the labels), ``lrs``, ``seeds`` and ``methods`` of its own,
+    ``cfg_options``, ``channels_last`` (the memory of the model's maps), ``long_tail`` (the ratio of
     :class:`protune_mm.datasets.LongTailed`), ``prompt_lr_mult`` (over the rate of the head, that of
     what a method trains in the backbone), ``full_lr_mult`` (the same for full fine-tuning, of which
     else the config tells), ``validate_on_rest`` (training images that a fraction leaves out
@@ -131,6 +131,7 @@ class Study:
             if name in METHODS:
                 raise ValueError(f"{path}: variant '{name}' has the name of a method: use another")
         self._check_methods(path, self.methods)
+        self._check_seeds(path, self.seeds)
         for backbone, by_method in self.options.items():
             self._check_methods(f"{path}: options of '{backbone}'", by_method)
         for name, task in self.tasks.items():
@@ -141,6 +142,12 @@ class Study:
         for method in methods:
             if method not in known:
                 raise ValueError(f"{where}: method '{method}' is unknown: use {', '.join(known)}")
+
+    @staticmethod
+    def _check_seeds(where: str, seeds: list) -> None:
+        whole = all(isinstance(seed, int) and seed >= 0 for seed in seeds)
+        if not (seeds and whole and len({*seeds}) == len(seeds)):
+            raise ValueError(f'{where}: seeds={seeds}: use different whole numbers, [0, 1, 2]')
 
     def _check_task(self, name: str, task: dict) -> None:
         where = f"{self.path}: task '{name}'"
@@ -158,6 +165,7 @@ class Study:
                 f"{', '.join(self.options)}; add '{task['backbone']}': {{}} if there are none"
             )
         self._check_methods(where, task.get('methods', ()))
+        self._check_seeds(where, self.seeds_of(name))
         self._check_methods(f'{where}: options', task.get('options', ()))
         self._check_scenarios(where, task)
         if '::' not in task['config'] and not Path(task['config']).exists():
@@ -226,11 +234,19 @@ class Study:
             for name, task in self.tasks.items()
             for fraction, seed, method, lr in itertools.product(
                 task['fractions'],
-                self.seeds,
+                self.seeds_of(name),
                 task.get('methods', self.methods),
-                task.get('lrs', self.lrs),
+                self.lrs_of(name),
             )
         ]
+
+    def lrs_of(self, task: str) -> list[float]:
+        """The grid of learning rates of a task."""
+        return list(self.tasks[task].get('lrs', self.lrs))
+
+    def seeds_of(self, task: str) -> list[int]:
+        """The seeds of a task."""
+        return list(self.tasks[task].get('seeds', self.seeds))
 
     def backbone_options(self, task: str, method: str) -> dict:
         """What a method adds to the backbone of a task's config."""
@@ -254,7 +270,9 @@ class Study:
         study.
         """
         # A multiplier is among the options of the methods that it concerns.
-        apart = ['fractions', 'lrs', 'methods', 'options', 'prompt_lr_mult', 'full_lr_mult']
+        apart = [
+            'fractions', 'lrs', 'seeds', 'methods', 'options', 'prompt_lr_mult', 'full_lr_mult',
+        ]  # fmt: skip
         if run.fraction == 1:
             apart.append('validate_on_rest')  # There is no rest.
         task = {k: v for k, v in self.tasks[run.task].items() if k not in apart}
