@@ -94,9 +94,10 @@ first = [
 apart = {'stages-plain', *first, *scales[1:], vit[1]}
 methods = [*ends, *(name for name in variants if name not in apart), *first]
 
-flowers5, fruit, camvid = (
+flowers5 = _base_.tasks.flowers5
+fruit, camvid = (
     {key: value for key, value in task.items() if key != 'scenarios'}
-    for task in (_base_.tasks.flowers5, _base_.tasks.fruit, _base_.tasks.camvid)
+    for task in (_base_.tasks.fruit, _base_.tasks.camvid)
 )
 tasks = {
     'flowers5': dict(
@@ -135,6 +136,5 @@ tasks['long-tail-scale'] = dict(_base_.tasks['flowers5-long-tailed'], methods=tw
 tasks['flowers5-vit-scale'] = dict(_base_.tasks['flowers5-vit'], methods=vit)
 tasks['fruit-scale'] = dict(_base_.tasks.fruit, fractions=[1.0], methods=two)
 # A study may give a task more seeds: what these choose has those of all.
-tasks = {name: dict(task, seeds=_base_.seeds) for name, task in tasks.items()}
-tasks['_delete_'] = True
+tasks = {'_delete_': True} | {name: dict(task, seeds=_base_.seeds) for name, task in tasks.items()}
 del hidden, scale, alpha

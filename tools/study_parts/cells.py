@@ -76,9 +76,7 @@ def mean_and_error(places: list[dict[int, float]]) -> tuple[float, float]:
 
     A place with more seeds than others counts once, with all of its seeds.
     """
-    average = statistics.mean(
-        statistics.mean(by_seed.values()) if by_seed else math.nan for by_seed in places
-    )
+    average = statistics.mean(statistics.mean(by_seed.values()) for by_seed in places)
     seeds = set.intersection(*map(set, places))
     if len(seeds) < 2:
         return average, math.nan

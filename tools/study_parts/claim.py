@@ -44,7 +44,7 @@ def together(found: dict[tuple, dict[str, dict]]) -> list[str]:
         'Points that Pro-tuning is ahead of each other method: mean over tasks and fractions by',
         'the first metric of each (their number), mean over all places, and in how many of them',
         'it is ahead; only where both have all their runs. ± is the standard error of the mean,',
-        'over seeds alone: other tasks might tell otherwise.',
+        'over the seeds that all of these have: other tasks might tell otherwise.',
         '',
         '| method | trains at most | over tasks | over places | ahead in |',
         '|---|---|---|---|---|',
