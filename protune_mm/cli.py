@@ -168,9 +168,11 @@ def run(main: Callable[[], None]) -> None:
 def _is_bad_input(error: Exception) -> bool:
     """Whether one of our checks raised the error, or a file was missing before the first step."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    raised_in = frames[-1].f_globals.get('__name__', '')
+    raised_in = frames[-1].f_globals
     running = any(frame.f_code.co_name in ('run_iter', 'run_epoch') for frame in frames)
-    ours = raised_in.startswith('protune_mm.') or raised_in == '__main__'
+    name = raised_in.get('__name__', '')
+    tools = Path(sys.argv[0]).resolve().parent  # A tool may have modules beside it.
+    ours = name.startswith('protune_mm.') or tools in Path(raised_in.get('__file__', '')).parents
     return (ours and isinstance(error, ValueError | TypeError | RuntimeError)) or (
         isinstance(error, FileNotFoundError | ModuleNotFoundError) and not running
     )

@@ -173,6 +173,7 @@ def test_scenarios(study):
         (dict(), ('--fraction', '0.5'), 'study.py has 1.0'),
         (dict(), ('--run', 'small lora'), "'small lora' names no run: use"),
         (dict(), ('--run', 'small lorra 1 0.1 0'), 'has the tasks small; methods are full,'),
+        (dict(classifier='one_split'), ('--run', 'small lora 1 0.1 0'), 'give them images of'),
         (
             {'options = dict(ResNet': 'variants = dict(lora'},
             (),
@@ -197,6 +198,8 @@ def test_bad_input(study, tmp_path, change, more, message):
         ('steps=3,', 'steps=3, seeds=[],', "task 'small': seeds=[]: use different whole numbers"),
         ('seeds = [0]', 'seeds = [0, 0]', 'study.py: seeds=[0, 0]: use different whole numbers'),
         ('[1.0]', '[1.5]', "task 'small': fraction 1.5 is no part of the labels"),
+        ('seeds = [0]', "seeds = [0]; variants = {'my lora': {}}", "'my lora' has a space"),
+        ('steps=3,', 'steps=3, lrs=[],', "task 'small': lrs=[] is no grid of learning rates"),
         ('steps=3,', 'steps=3, full_lr_mult=0,', "task 'small': full_lr_mult=0 is no factor"),
         ('steps=3,', "steps=3, methods=['lorra'],", "task 'small': method 'lorra' is unknown"),
         ('steps=3,', 'steps=3, options=dict(lorra={}),', "options: method 'lorra' is unknown"),
@@ -286,6 +289,26 @@ def test_results_of_other_settings_are_none_of_a_study(study, parts):
     assert steps['full'] != first['full']
     assert rank['lora'] != first['lora']
     assert rank['full'] == first['full']
+
+
+def test_settings_that_come_back_find_their_results(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend('tools')
+    from study import StudyResults
+
+    lines = [
+        dict(key='one', setting=setting, metric=metric, metrics=2, score=score)
+        for setting, score in (('a', 1), ('b', 2))
+        for metric in ('top', 'corrupted')
+    ]
+    lines.append(dict(lines[0], key='two'))
+    file = tmp_path / 'results.jsonl'
+    file.write_text(''.join(f'{json.dumps(line)}\n' for line in lines))
+    for setting, score in (('a', 1), ('b', 2)):
+        known = StudyResults(file, 1, dict(one=setting)).known
+        assert [line['score'] for line in known['one']['lines']] == [score, score]
+        assert capsys.readouterr().out.endswith(': 1 runs not planned ignored\n')
+    assert StudyResults(file, 1, dict(one='c', two='a')).known == {}, 'of two a metric is missing'
+    assert capsys.readouterr().out.endswith(': 1 runs of other settings ignored\n')
 
 
 def test_the_rate_of_prompts_and_its_warmup(study, parts):

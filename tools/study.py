@@ -53,11 +53,11 @@ def main() -> None:
         one = args.run and Run.of(args.run)
     except ValueError as error:
         parser.error(str(error))
-    known = {**METHODS, **study.variants}
-    if one and (one.task not in study.tasks or one.method not in known):
+    methods = {**METHODS, **study.variants}
+    if one and (one.task not in study.tasks or one.method not in methods):
         parser.error(
             f'--run "{args.run}": {args.study} has the tasks {", ".join(study.tasks)}; methods are '
-            f'{", ".join(known)}'
+            f'{", ".join(methods)}'
         )
     if one:
         for line in train(args.study, args.run)['lines']:
@@ -69,15 +69,15 @@ def main() -> None:
     planned = runs = study.runs()
     for name in ('task', 'method', 'fraction'):
         chosen = getattr(args, name) or ()
-        known = dict.fromkeys(getattr(run, name) for run in planned)
-        for one in chosen:
-            if one not in known:
-                parser.error(f'--{name} {one}: {args.study} has {", ".join(map(str, known))}')
+        there = dict.fromkeys(getattr(run, name) for run in planned)
+        for choice in chosen:
+            if choice not in there:
+                parser.error(f'--{name} {choice}: {args.study} has {", ".join(map(str, there))}')
         runs = [run for run in runs if not chosen or getattr(run, name) in chosen]
     if not runs:
         parser.error(f'{args.study} has none of these methods and fractions in these tasks')
-    results = StudyResults(out / args.results, args.jobs)
-    results.keep({run.key: study.setting(run) for run in planned})
+    settings = {run.key: study.setting(run) for run in planned}
+    results = StudyResults(out / args.results, args.jobs, settings)
     if not args.table:
         study.check_ready(dict.fromkeys(run.task for run in runs))
         results.work(functools.partial(train, args.study), [run.key for run in runs])
@@ -89,28 +89,36 @@ def main() -> None:
 
 
 class StudyResults(Results):
-    """Results with a line for each metric of a run."""
+    """Results with a line for each metric of a run; what is of no run of a study stays in the file.
 
-    def keep(self, settings: dict[str, str]) -> None:
-        """Keep only runs of a study, with its settings; others stay in the file."""
-        of_study = {
-            key: row
-            for key, row in self.known.items()
-            if row['lines'][0].get('setting') == settings.get(key, '')
-        }
-        if len(of_study) < len(self.known):
-            print(f'{self.path}: {len(self.known) - len(of_study)} runs of other settings ignored')
-        self.known = of_study
+    Args:
+        path: of the file, JSON lines.
+        processes: how many runs are done side by side.
+        settings: of all runs of the study, by key.
+    """
+
+    def __init__(self, path: Path, processes: int, settings: dict[str, str]) -> None:
+        self.settings = settings
+        super().__init__(path, processes)
 
     def from_lines(self, lines: list[dict]) -> dict[str, dict]:
-        """A run counts when all its metrics are there."""
-        found: dict[tuple, dict[str, dict]] = {}
+        """A run counts when all its metrics are there, with the setting that the study has now."""
+        found: dict[str, dict[str, dict]] = {}
+        changed, unplanned = set(), set()
         for line in lines:
-            found.setdefault((line['key'], line.get('setting')), {})[line['metric']] = line
-        # Of several settings of one run the last one counts.
+            key = line['key']
+            if key not in self.settings:
+                unplanned.add(key)
+            elif line.get('setting') != self.settings[key]:
+                changed.add(key)
+            else:
+                found.setdefault(key, {})[line['metric']] = line
+        for keys, why in ((changed - {*found}, 'of other settings'), (unplanned, 'not planned')):
+            if keys:
+                print(f'{self.path}: {len(keys)} runs {why} ignored')
         return {
             key: dict(key=key, lines=list(metrics.values()))
-            for (key, _), metrics in found.items()
+            for key, metrics in found.items()
             if len(metrics) == next(iter(metrics.values()))['metrics']
         }
 

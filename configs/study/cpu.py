@@ -8,7 +8,7 @@ methods = [
 lrs = [3e-4, 1e-3, 3e-3, 1e-2]
 seeds = [0, 1, 2]
 # For tasks where three left Pro-tuning and full fine-tuning nearer than the standard error of their
-# difference, whichever was ahead. flowers5, fruit, bccd and camvid-instances are to follow.
+# difference, whichever was ahead. fruit, bccd and camvid-instances are to follow.
 more_seeds = [0, 1, 2, 3, 4]
 
 size = 80
@@ -80,7 +80,7 @@ camvid = dict(
     },
 )
 tasks = {
-    'flowers5': dict(flowers5, fractions=[0.05, 0.2], lrs=[3e-4, 1e-3, 3e-3]),
+    'flowers5': dict(flowers5, seeds=more_seeds, fractions=[0.05, 0.2], lrs=[3e-4, 1e-3, 3e-3]),
     'flowers5-robust': dict(
         flowers5,
         seeds=more_seeds,

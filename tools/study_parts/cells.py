@@ -25,17 +25,17 @@ def cells(study: Study, lines: list[dict]) -> dict[tuple, dict[str, dict]]:
         best[place] = {}
         for method, by_lr in methods.items():
             seeds = max(len(found) for found in by_lr.values())
-            full = {lr: found for lr, found in by_lr.items() if len(found) == seeds}
+            whole = {lr: found for lr, found in by_lr.items() if len(found) == seeds}
             # The first metric of a task chooses for all: the scores are of one model.
             lr = chosen.setdefault(
-                (task, fraction, method), max(full, key=lambda lr: mean(full[lr], 'val_score'))
+                (task, fraction, method), max(whole, key=lambda lr: mean(by_lr[lr], 'val_score'))
             )
             grid = sorted(study.lrs_of(task))
             planned = len(grid) * len(study.seeds_of(task))
             count = sum(len(found) for found in by_lr.values())
             best[place][method] = dict(
                 lr=lr,
-                runs=full.get(lr) or by_lr[lr],
+                runs=by_lr[lr],
                 score=mean(by_lr[lr], 'score'),
                 val=mean(by_lr[lr], 'val_score'),
                 spread=spread(by_lr[lr], 'score'),

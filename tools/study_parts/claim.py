@@ -70,16 +70,16 @@ def verdict(found: dict[tuple, dict[str, dict]], planned: Iterable[str] = ()) ->
             if name not in ('pro-tuning', 'head-only') and 0 < share(cell) <= LIMIT
         }
         rival = max(small, key=lambda name: small[name]['score'], default=None)
-        cells = [f'{task}, {fraction:.0%}, {metric}', f'{unit * ours["score"]:.2f}']
+        row = [f'{task}, {fraction:.0%}, {metric}', f'{unit * ours["score"]:.2f}']
         for other, margin in ((full, 0.0), (head, 1.0), (small.get(rival), 0.0)):
             if other is None:
-                cells.append('')
+                row.append('')
                 continue
             ahead = unit * (ours['score'] - other['score'])
             needed = margin * unit * max(ours['spread'], other['spread'])
             told = 'yes' if ahead >= needed and ahead > -1e-9 else '**no**'
             _, error = mean_and_error([differences(ours, other, unit)])
-            cells.append(f'{ahead:+.2f} ± {error:.2f} {told}')
+            row.append(f'{ahead:+.2f} ± {error:.2f} {told}')
         if full is not None:
             gains.append(unit * (ours['score'] - full['score']))
             first.setdefault((task, fraction), gains[-1])
@@ -87,7 +87,7 @@ def verdict(found: dict[tuple, dict[str, dict]], planned: Iterable[str] = ()) ->
         lacking = len(set(planned) - set(methods))
         which = rival or 'none'
         which += f' ({lacking} not run)' if lacking else ''
-        rows.append(f'| {" | ".join(cells)} | {which} | {share(ours):.1%} {within} |')
+        rows.append(f'| {" | ".join(row)} | {which} | {share(ours):.1%} {within} |')
     if not rows:
         return []
     text = [

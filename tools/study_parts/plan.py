@@ -130,6 +130,12 @@ class Study:
         for name in self.variants:
             if name in METHODS:
                 raise ValueError(f"{path}: variant '{name}' has the name of a method: use another")
+        for name in (*self.tasks, *self.variants):
+            if ' ' in name:
+                raise ValueError(
+                    f"{path}: '{name}' has a space, which parts the key of a run: "
+                    f"use '{name.replace(' ', '-')}'"
+                )
         self._check_methods(path, self.methods)
         self._check_seeds(path, self.seeds)
         for backbone, by_method in self.options.items():
@@ -166,6 +172,9 @@ class Study:
             )
         self._check_methods(where, task.get('methods', ()))
         self._check_seeds(where, self.seeds_of(name))
+        rates = self.lrs_of(name)
+        if not (rates and all(rate > 0 for rate in rates)):
+            raise ValueError(f'{where}: lrs={rates} is no grid of learning rates: use [1e-3, 3e-3]')
         self._check_methods(f'{where}: options', task.get('options', ()))
         self._check_scenarios(where, task)
         if '::' not in task['config'] and not Path(task['config']).exists():

@@ -15,6 +15,13 @@ def write_report(study: Study, lines: list[dict], out: Path, name: str) -> None:
     """Write OUT/README.md (or another name for other results, whose table has no test scores)."""
     final = name == 'results.jsonl'
     found = cells(study, lines)
+    if not final:
+        # Under corruption and attack, too, the validation score is the clean one.
+        found = {
+            (task, fraction, metric): methods
+            for (task, fraction, metric), methods in found.items()
+            if metric in study.tasks[task]['metrics']
+        }
     stem = 'README' if final else Path(name).stem
     pictures = {place: draw(place, methods, out, stem, final) for place, methods in found.items()}
     by_labels = draw_fractions(found, out, stem) if final else []
@@ -83,10 +90,11 @@ def report(
             '| runs (diverged) |',
             f'|---|{"---|" if final else ""}---|---|---|---|---|---|',
         ]
-        base = methods.get('head-only') or next(iter(methods.values()))
-        unit = step_time(base['runs'])
         key = 'score' if final else 'val'
-        for method in sorted(methods, key=lambda m: -methods[m][key]):
+        best_first = sorted(methods, key=lambda m: -methods[m][key])
+        base = methods.get('head-only') or methods[best_first[0]]
+        unit = step_time(base['runs'])
+        for method in best_first:
             cell = methods[method]
             score, spreads = of_test * cell['score'], of_test * cell['spread']
             test = f' {score:.2f} ± {spreads:.2f} |' if final else ''
