@@ -453,7 +453,8 @@ def test_the_verdict(parts):
         '| t, 100%, m | 70.50 | -0.50 ± 0.00 **no** | +0.50 ± 0.00 **no** | +2.00 ± 0.50 yes '
         '| lora | 5.0% yes |'
     )
-    assert text[-2].endswith('by the first metric of each: -0.50; over all these places: -0.50.')
+    assert text[-4].endswith('by the first metric of each: -0.50; over all these places: -0.50.')
+    assert text[-2].endswith(': -0.50; behind in t with 100% of the labels (-0.50).')
     # The best rival may be one that has not been run.
     told = parts['claim'].verdict(parts['cells'].cells(Plan, lines), ['full', 'mona', 'lorand'])
     assert '(2 not run)' in '\n'.join(told)

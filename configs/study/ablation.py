@@ -104,7 +104,7 @@ tasks = {
         flowers5, fractions=[0.05], few_steps=150, lrs=[3e-4, 1e-3, 3e-3, 1e-2], methods=first
     ),
     # Three times the images to choose by: the noise of 346 was as large as the differences. A quarter
-    # of what is left are as many images as 20 % above.
+    # of what is left are as many images as 20 % in the study.
     'flowers5-more-validation': dict(
         flowers5,
         fractions=[0.257],

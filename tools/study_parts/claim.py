@@ -58,7 +58,7 @@ def verdict(found: dict[tuple, dict[str, dict]], planned: Iterable[str] = ()) ->
 
     The number of ``planned`` methods without a run at a place is told: the best rival may be one.
     """
-    rows, gains, first = [], [], {}
+    rows, gains, first, first_val = [], [], {}, {}
     for (task, fraction, metric), methods in found.items():
         ours, full, head = (methods.get(m) for m in ('pro-tuning', 'full', 'head-only'))
         if ours is None or not all(cell['complete'] for cell in methods.values()):
@@ -83,6 +83,8 @@ def verdict(found: dict[tuple, dict[str, dict]], planned: Iterable[str] = ()) ->
         if full is not None:
             gains.append(unit * (ours['score'] - full['score']))
             first.setdefault((task, fraction), gains[-1])
+            val = unit * (ours['val'] - full['val'])
+            first_val.setdefault(f'{task} with {fraction:.0%} of the labels', val)
         within = 'yes' if share(ours) <= LIMIT else '**no**'
         lacking = len(set(planned) - set(methods))
         which = rival or 'none'
@@ -112,5 +114,14 @@ def verdict(found: dict[tuple, dict[str, dict]], planned: Iterable[str] = ()) ->
             f'each: {statistics.mean(first.values()):+.2f}; over all these places: '
             f'{statistics.mean(gains):+.2f}.',
             '',
+            'By validation, where the rates are chosen: '
+            f'{statistics.mean(first_val.values()):+.2f}; behind in {behind(first_val)}.',
+            '',
         ]
     return text
+
+
+def behind(gains: dict[str, float]) -> str:
+    """The places with a minus, the worst first."""
+    minus = sorted((gain, place) for place, gain in gains.items() if gain < 0)
+    return ', '.join(f'{place} ({gain:+.2f})' for gain, place in minus) or 'none'
