@@ -171,8 +171,11 @@ def _is_bad_input(error: Exception) -> bool:
     raised_in = frames[-1].f_globals
     running = any(frame.f_code.co_name in ('run_iter', 'run_epoch') for frame in frames)
     name = raised_in.get('__name__', '')
-    tools = Path(sys.argv[0]).resolve().parent  # A tool may have modules beside it.
-    ours = name.startswith('protune_mm.') or tools in Path(raised_in.get('__file__', '')).parents
+    # A tool may have modules and packages beside it; an environment there lies deeper.
+    tools = Path(sys.argv[0]).resolve().parent
+    file = raised_in.get('__file__')
+    beside = file is not None and tools in Path(file).resolve().parents[:2]
+    ours = name.startswith('protune_mm.') or beside
     return (ours and isinstance(error, ValueError | TypeError | RuntimeError)) or (
         isinstance(error, FileNotFoundError | ModuleNotFoundError) and not running
     )
