@@ -113,7 +113,10 @@ class StudyResults(Results):
                 changed.add(key)
             else:
                 found.setdefault(key, {})[line['metric']] = line
-        for keys, why in ((changed - {*found}, 'of other settings'), (unplanned, 'not planned')):
+        for keys, why in (
+            (changed.difference(found), 'of other settings'),
+            (unplanned, 'not planned'),
+        ):
             if keys:
                 print(f'{self.path}: {len(keys)} runs {why} ignored')
         return {

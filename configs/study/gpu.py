@@ -37,11 +37,11 @@ dense = dict(
         'val_dataloader.batch_size': 8,
         'test_dataloader.batch_size': 8,
     },
-    scenarios=dict(every=2),
 )
+half = dict(every=2)
 # In so many steps the head needs no such rate as in cpu.py's 250: these are the multipliers of the
 # long trainings in docs/real_runs.
-segment = dict(dense, lrs=[1e-3, 3e-3, 1e-2], prompt_lr_mult=0.3, full_lr_mult=0.1)
+segment = dict(dense, scenarios=half, lrs=[1e-3, 3e-3, 1e-2], prompt_lr_mult=0.3, full_lr_mult=0.1)
 tasks = {
     # Run so far: two seeds of this and, of full and head-only, a third, which is in the results but
     # not in the table; three seeds of flowers5 with 5 % of the labels. The third of the others and
@@ -50,9 +50,9 @@ tasks = {
     'flowers5': dict(classify),
     'flowers5-long-tailed': dict(classify),
     'camvid': dict(segment, fractions=[1.0, 0.2]),
-    'fruit': dict(dense),
+    'fruit': dict(dense, scenarios=half),
     'flowers5-vit': dict(classify, fractions=[0.05, 0.2, 1.0]),
     'camvid-r18': dict(segment, fractions=[1.0, 0.2]),
-    'bccd': dict(dense, fractions=[1.0, 0.25]),
-    'camvid-instances': {key: value for key, value in dense.items() if key != 'scenarios'},
+    'bccd': dict(dense, scenarios=half, fractions=[1.0, 0.25]),
+    'camvid-instances': dict(dense),
 }

@@ -25,7 +25,7 @@ def cells(study: Study, lines: list[dict]) -> dict[tuple, dict[str, dict]]:
         best[place] = {}
         for method, by_lr in methods.items():
             seeds = max(len(found) for found in by_lr.values())
-            whole = {lr: found for lr, found in by_lr.items() if len(found) == seeds}
+            whole = [lr for lr, found in by_lr.items() if len(found) == seeds]
             # The first metric of a task chooses for all: the scores are of one model.
             lr = chosen.setdefault(
                 (task, fraction, method), max(whole, key=lambda lr: mean(by_lr[lr], 'val_score'))

@@ -58,7 +58,7 @@ def verdict(found: dict[tuple, dict[str, dict]], planned: Iterable[str] = ()) ->
 
     The number of ``planned`` methods without a run at a place is told: the best rival may be one.
     """
-    rows, gains, first, first_val = [], [], {}, {}
+    rows, gains, first = [], [], {}
     for (task, fraction, metric), methods in found.items():
         ours, full, head = (methods.get(m) for m in ('pro-tuning', 'full', 'head-only'))
         if ours is None or not all(cell['complete'] for cell in methods.values()):
@@ -82,9 +82,8 @@ def verdict(found: dict[tuple, dict[str, dict]], planned: Iterable[str] = ()) ->
             row.append(f'{ahead:+.2f} ± {error:.2f} {told}')
         if full is not None:
             gains.append(unit * (ours['score'] - full['score']))
-            first.setdefault((task, fraction), gains[-1])
             val = unit * (ours['val'] - full['val'])
-            first_val.setdefault(f'{task} with {fraction:.0%} of the labels', val)
+            first.setdefault((task, fraction), (gains[-1], val))
         within = 'yes' if share(ours) <= LIMIT else '**no**'
         lacking = len(set(planned) - set(methods))
         which = rival or 'none'
@@ -109,19 +108,21 @@ def verdict(found: dict[tuple, dict[str, dict]], planned: Iterable[str] = ()) ->
         '',
     ]
     if gains:
+        by_test, by_val = zip(*first.values(), strict=True)
         text += [
             'Ahead of full fine-tuning, mean over the tasks and fractions by the first metric of '
-            f'each: {statistics.mean(first.values()):+.2f}; over all these places: '
+            f'each: {statistics.mean(by_test):+.2f}; over all these places: '
             f'{statistics.mean(gains):+.2f}.',
             '',
             'By validation, where the rates are chosen: '
-            f'{statistics.mean(first_val.values()):+.2f}; behind in {behind(first_val)}.',
+            f'{statistics.mean(by_val):+.2f}; behind in {behind(zip(by_val, first, strict=True))}.',
             '',
         ]
     return text
 
 
-def behind(gains: dict[str, float]) -> str:
-    """The places with a minus, the worst first."""
-    minus = sorted((gain, place) for place, gain in gains.items() if gain < 0)
-    return ', '.join(f'{place} ({gain:+.2f})' for gain, place in minus) or 'none'
+def behind(gains: Iterable[tuple[float, tuple[str, float]]]) -> str:
+    """Tasks and fractions with a minus, the worst first."""
+    minus = sorted((gain, place) for gain, place in gains if gain < 0)
+    named = (f'{task} with {part:.0%} of the labels ({gain:+.2f})' for gain, (task, part) in minus)
+    return ', '.join(named) or 'none'

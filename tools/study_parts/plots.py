@@ -51,14 +51,13 @@ def draw(place: tuple, methods: dict[str, dict], out: Path, stem: str, final: bo
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), sharey=True, layout='constrained')
     score, error = ('score', 'spread') if final else ('val', 'val_spread')
     unit = hundredths(metric)
-    first = next(iter(methods.values()))['runs'][0]
+    on_gpu = next(iter(methods.values()))['runs'][0]['device'] != 'CPU'
     for axis, (label, value, set_scale) in zip(axes, AXES, strict=True):
         for method, cell in methods.items():
             x = max(value(cell['runs']), 1e-3)
             y, spreads = unit * cell[score], unit * cell[error]
             axis.errorbar(x, y, spreads, fmt='o', capsize=3, color=colour(method))
             axis.annotate(method, (x, y), (4, 4), textcoords='offset points', size=7)
-        on_gpu = first['device'] != 'CPU'
         axis.set_xlabel(label.replace('kept for backward', 'at the peak') if on_gpu else label)
         set_scale(axis)
         axis.grid(alpha=0.3)
