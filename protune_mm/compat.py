@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import importlib
 import pickle
+import platform
 import re
 import zipfile
 import zlib
@@ -44,6 +45,14 @@ def stack_versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = 'not installed'
     return found
+
+
+def processor() -> str:
+    """Model of the CPU, for the reader of a table; empty where the system does not tell."""
+    info = Path('/proc/cpuinfo')
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(':')[1].strip() for line in lines if line.startswith('model name')]
+    return names[0] if names else platform.processor()
 
 
 def register_config_packages() -> None:

@@ -70,7 +70,7 @@ def read(out):
 KEYS = {
     'method', 'task', 'backbone', 'fraction', 'seed', 'lr', 'steps', 'metric', 'score', 'val_score',
     'diverged', 'trainable_backbone', 'backbone_parameters', 'peak_memory', 'wall_s', 'command',
-    'versions', 'setting', 'step_s',
+    'versions', 'setting', 'step_s', 'processor',
 }  # fmt: skip
 
 
@@ -258,9 +258,9 @@ def test_a_metric_that_is_not_there_is_no_divergence(study, tmp_path):
 @pytest.fixture
 def parts(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / 'tools'))
-    from study_parts import cells, claim, plan, run_config, scenarios, training
+    from study_parts import cells, claim, plan, report, run_config, scenarios, training
 
-    parts = (cells, claim, plan, run_config, scenarios, training)
+    parts = (cells, claim, plan, report, run_config, scenarios, training)
     return {part.__name__.removeprefix('study_parts.'): part for part in parts}
 
 
@@ -409,6 +409,21 @@ class Plan:
     def seeds_of(cls, task):
         # `more` has a seed more than `t`.
         return cls.seeds + [2] * (task == 'more')
+
+
+def test_a_report_tells_every_machine_and_version(parts):
+    rows = [
+        dict(key=f'{i // 2}', device='CPU', versions=dict(torch='2', mmcv=mmcv), **more)
+        for i, (mmcv, more) in enumerate(
+            [('1', {}), ('1', {}), ('1', dict(processor='A')), ('3', dict(processor='A'))]
+        )
+    ]
+    environments = parts['report'].environments
+    assert environments(rows[:2])[0].startswith('Run on CPU, one thread')
+    text = environments(rows)[0]
+    assert text.startswith('Run on CPU (1 runs) and on CPU A (1 runs), one')
+    assert text.endswith('with torch 2, mmcv 1 or 3.')
+    assert environments([]) == []
 
 
 def line(method, lr, seed, val, score, metric='m', share=0.05, task='t'):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import platform
 import subprocess
 import sys
 import warnings
@@ -18,7 +17,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
 import protune_mm
-from protune_mm.compat import stack_versions
+from protune_mm.compat import processor, stack_versions
 from protune_mm.registry import PROMPTS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -294,14 +293,6 @@ def environment(device: str) -> dict:
     """Machine and versions, for the reader of a table."""
     name = torch.cuda.get_device_name() if device == 'cuda' else processor()
     return dict(device=name, threads=torch.get_num_threads(), versions=stack_versions())
-
-
-def processor() -> str:
-    """Model of the CPU."""
-    info = Path('/proc/cpuinfo')
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(':')[1].strip() for line in lines if line.startswith('model name')]
-    return names[0] if names else platform.processor()
 
 
 def arguments(description: str) -> argparse.ArgumentParser:

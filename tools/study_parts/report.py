@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from pathlib import Path
 
 from .cells import cells, hundredths, mean, share, step_time
@@ -110,8 +111,28 @@ def report(
         picture = pictures[task, fraction, metric]
         text += ['', f'![{task}: score against parameters, memory and time]({picture})', '']
     text += [f'![score against the fraction of labels]({name})\n' for name in by_labels]
-    if lines:
-        versions = ', '.join(f'{k} {v}' for k, v in lines[-1]['versions'].items())
-        devices = ', '.join(sorted({line['device'] for line in lines}))
-        text += [f'Run on {devices}, one thread a run on a CPU, with {versions}.', '']
+    text += environments(lines)
     return '\n'.join(text)
+
+
+def environments(lines: list[dict]) -> list[str]:
+    """What the runs ran on, with how many runs each where that differs, and all versions."""
+    if not lines:
+        return []
+    devices = Counter({line['key']: device_of(line) for line in lines}.values())
+    on = ' and on '.join(
+        f'{device} ({count} runs)' if len(devices) > 1 else device
+        for device, count in sorted(devices.items())
+    )
+    versions: dict[str, set[str]] = {}
+    for line in lines:
+        for name, version in line['versions'].items():
+            versions.setdefault(name, set()).add(version)
+    stack = ', '.join(f'{name} {" or ".join(sorted(found))}' for name, found in versions.items())
+    return [f'Run on {on}, one thread a run on a CPU, with {stack}.', '']
+
+
+def device_of(line: dict) -> str:
+    """The device of a run and, of a CPU, its model; results of older versions do not tell it."""
+    model = line.get('processor', '')
+    return f'CPU {model}' if line['device'] == 'CPU' and model else line['device']

@@ -24,7 +24,7 @@ from torch import nn
 
 import protune_mm
 from protune_mm import cli
-from protune_mm.compat import stack_versions
+from protune_mm.compat import processor, stack_versions
 from protune_mm.config import config_backbones, library
 from protune_mm.frozen import prompt_parameters
 from protune_mm.hooks import DivergedError
@@ -172,6 +172,7 @@ def train(path: str, key: str) -> dict:
                 wall_s=round(wall, 1),
                 threads=torch.get_num_threads(),
                 device=device_name(),
+                processor=processor(),
                 command=f'python tools/study.py {path} --run "{key}"',
                 versions={'protune_mm': protune_mm.__version__, **stack_versions()},
             )
