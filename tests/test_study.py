@@ -525,7 +525,9 @@ def test_the_seeds_of_a_task(study, parts):
     assert old.items() <= new.items()
 
 
-@pytest.mark.parametrize('name', ['cpu', 'gpu', 'ablation', 'held_out'])
+@pytest.mark.parametrize(
+    'name', sorted(file.stem for file in (ROOT / 'configs/study').glob('*.py'))
+)
 def test_the_studies_of_the_repository_read(name, monkeypatch):
     monkeypatch.syspath_prepend('tools')
     from study_parts.plan import Run, Study
@@ -536,6 +538,14 @@ def test_the_studies_of_the_repository_read(name, monkeypatch):
     assert all(Run.of(run.key) == run for run in runs)
     settings = {(run.task, run.method): study.setting(run) for run in runs}
     assert len(set(settings.values())) == len(settings)
+
+
+@pytest.mark.parametrize(('name', 'folder'), [('held_out', 'held-out'), ('attack', 'attack')])
+def test_a_study_that_is_told_as_whole_has_all_its_runs(name, folder, parts):
+    plan = parts['plan'].Study(f'configs/study/{name}.py')
+    lines = (ROOT / 'docs/study' / folder / 'results.jsonl').read_text().splitlines()
+    landed = {row['key']: row['setting'] for row in map(json.loads, lines)}
+    assert landed == {run.key: plan.setting(run) for run in plan.runs()}
 
 
 def test_a_multiplier_of_a_task_is_for_what_trains_in_the_backbone(study, parts):

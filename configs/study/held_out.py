@@ -15,6 +15,7 @@ tasks = {
         fractions=[1.0],
         steps=300,
         lrs=[1e-3],
+        seeds=_base_.seeds,
         scenarios=_base_.domains,
         cfg_options={
             **_base_.flowers5.cfg_options,
