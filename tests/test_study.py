@@ -9,6 +9,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, MODELS, DefaultScope
 from torch import nn
 
+from protune_mm.compat import stack_versions
 from protune_mm.optim import wrap_constructor
 from tests.conftest import ROOT, run_tool
 from tests.small_runs import CLS
@@ -413,16 +414,23 @@ class Plan:
 
 def test_a_report_tells_every_machine_and_version(parts):
     rows = [
-        dict(key=f'{i // 2}', device='CPU', versions=dict(torch='2', mmcv=mmcv), **more)
-        for i, (mmcv, more) in enumerate(
-            [('1', {}), ('1', {}), ('1', dict(processor='A')), ('3', dict(processor='A'))]
+        dict(key=f'{i // 2}', device='CPU', versions=versions, **more)
+        for i, (versions, more) in enumerate(
+            [
+                (dict(mmcv='1'), {}),
+                (dict(mmcv='1'), {}),
+                (dict(torch='2', mmcv='1'), dict(processor='A')),
+                (dict(torch='2', mmcv='3'), dict(processor='A')),
+            ]
         )
     ]
     environments = parts['report'].environments
-    assert environments(rows[:2])[0].startswith('Run on CPU, one thread')
+    assert environments(rows[:2])[0].startswith('Run on a CPU (model not recorded), one thread')
     text = environments(rows)[0]
-    assert text.startswith('Run on CPU (1 runs) and on CPU A (1 runs), one')
-    assert text.endswith('with torch 2, mmcv 1 or 3.')
+    assert text.startswith(
+        'Run on a CPU (A) (1 run) and on a CPU (model not recorded) (1 run), one'
+    )
+    assert text.endswith('with torch 2 or unknown, mmcv 1 or 3.')
     assert environments([]) == []
 
 
@@ -542,10 +550,18 @@ def test_the_studies_of_the_repository_read(name, monkeypatch):
 
 @pytest.mark.parametrize(('name', 'folder'), [('held_out', 'held-out'), ('attack', 'attack')])
 def test_a_study_that_is_told_as_whole_has_all_its_runs(name, folder, parts):
-    plan = parts['plan'].Study(f'configs/study/{name}.py')
+    plan, stack = parts['plan'].Study(f'configs/study/{name}.py'), stack_versions().items()
+    found = {}
     lines = (ROOT / 'docs/study' / folder / 'results.jsonl').read_text().splitlines()
-    landed = {row['key']: row['setting'] for row in map(json.loads, lines)}
-    assert landed == {run.key: plan.setting(run) for run in plan.runs()}
+    for row in map(json.loads, lines):
+        found.setdefault(row['key'], []).append(row)
+    planned = {run.key: run for run in plan.runs()}
+    assert found.keys() == planned.keys()
+    for key, rows in found.items():
+        assert len(rows) == len({row['metric'] for row in rows}) == rows[0]['metrics']
+        # Configs of other versions of the libraries may differ.
+        if stack <= rows[0]['versions'].items():
+            assert {row['setting'] for row in rows} == {plan.setting(planned[key])}
 
 
 def test_a_multiplier_of_a_task_is_for_what_trains_in_the_backbone(study, parts):

@@ -1,10 +1,13 @@
-# Why full fine-tuning is the harder to attack the longer the training: four times the steps of
+# Why full fine-tuning is ahead under attack in longer trainings: four times the steps of
 # held_out.py, on the same training images held out, with twice as many of them attacked.
 #     python tools/study.py configs/study/attack.py --out docs/study/attack
 _base_ = ['./held_out.py']
 note = (
     'The test images here are two tenths of the training images, not the test split, and half of '
-    'them are attacked.\n[What came of it](../findings.md#scale-and-accuracy-under-attack).'
+    'them are attacked.\n`full-frozen0` leaves the first convolution frozen, `full-frozen3` the '
+    'first three stages as well; `inside-hidden32`\nand `inside-principal-scale3` are '
+    '`inside-principal` wider and at a larger scale; LoRA has rank 12 and a factor of one.\n'
+    '[What came of it](../findings.md#attacks-in-longer-trainings).'
 )
 
 _prompt = _base_.principal.prompt

@@ -61,9 +61,9 @@ def report(
         'every method; * where that rate is at an end of the grid. "trains": part of the',
         'backbone\'s parameters, prompts included. "keeps": MiB that a step keeps for its backward',
         'pass (on a GPU: the peak). "time": processor time (on a GPU: time) of a step over that of',
-        'head-only, the first line where there is none. A diverged run has score 0. Average',
-        'precision is in points of 100. Corruption errors are plain means, not divided by another',
-        "network's.",
+        'head-only, of full where there is none, else of the first line. A diverged run has score',
+        '0. Average precision is in points of 100. Corruption errors are plain means, not divided',
+        "by another network's.",
         '',
         *([study.note, ''] if study.note else []),
         f'`{study.path}` has the options of every method, and its rate in the backbone over',
@@ -93,7 +93,7 @@ def report(
         ]
         key = 'score' if final else 'val'
         best_first = sorted(methods, key=lambda m: -methods[m][key])
-        base = methods.get('head-only') or methods[best_first[0]]
+        base = next(methods[m] for m in ('head-only', 'full', *best_first) if m in methods)
         unit = step_time(base['runs'])
         for method in best_first:
             cell = methods[method]
@@ -121,18 +121,19 @@ def environments(lines: list[dict]) -> list[str]:
         return []
     devices = Counter({line['key']: device_of(line) for line in lines}.values())
     on = ' and on '.join(
-        f'{device} ({count} runs)' if len(devices) > 1 else device
+        f'{device} ({count} run{"s" * (count > 1)})' if len(devices) > 1 else device
         for device, count in sorted(devices.items())
     )
-    versions: dict[str, set[str]] = {}
-    for line in lines:
-        for name, version in line['versions'].items():
-            versions.setdefault(name, set()).add(version)
-    stack = ', '.join(f'{name} {" or ".join(sorted(found))}' for name, found in versions.items())
+    whole = max((line['versions'] for line in lines), key=len)
+    stack = ', '.join(
+        f'{name} {" or ".join(sorted({line["versions"].get(name, "unknown") for line in lines}))}'
+        for name in whole
+    )
     return [f'Run on {on}, one thread a run on a CPU, with {stack}.', '']
 
 
 def device_of(line: dict) -> str:
     """The device of a run and, of a CPU, its model; results of older versions do not tell it."""
-    model = line.get('processor', '')
-    return f'CPU {model}' if line['device'] == 'CPU' and model else line['device']
+    if line['device'] != 'CPU':
+        return line['device']
+    return f'a CPU ({line.get("processor") or "model not recorded"})'
