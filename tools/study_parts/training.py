@@ -140,6 +140,12 @@ def train(path: str, key: str) -> dict:
     # mmengine keeps what belongs to every experiment of a process.
     for manager in (MMLogger, MessageHub, Visualizer, DefaultScope):
         manager._instance_dict.clear()
+    machine = dict(
+        threads=torch.get_num_threads(),
+        device=device_name(),
+        processor=processor(),
+        versions={'protune_mm': protune_mm.__version__, **stack_versions()},
+    )
     lines = []
     metrics = [*task['metrics'], *scenario_metrics(task)]
     for metric in metrics:
@@ -170,11 +176,8 @@ def train(path: str, key: str) -> dict:
                 peak_memory=memory,
                 step_s=clock.median(),
                 wall_s=round(wall, 1),
-                threads=torch.get_num_threads(),
-                device=device_name(),
-                processor=processor(),
                 command=f'python tools/study.py {path} --run "{key}"',
-                versions={'protune_mm': protune_mm.__version__, **stack_versions()},
+                **machine,
             )
         )
     return dict(key=key, status='diverged' if diverged else 'ok', reason='', lines=lines)
