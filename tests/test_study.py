@@ -483,8 +483,14 @@ def test_the_verdict(parts):
     assert '(2 not run)' in '\n'.join(told)
     alone = parts['cells'].cells(Plan, [one for one in lines if one['method'] != 'lora'])
     assert '| none (1 not run) |' in '\n'.join(parts['claim'].verdict(alone, ['mona']))
-    # A method with runs missing: no verdict yet.
-    assert parts['claim'].verdict(parts['cells'].cells(Plan, lines[:-1])) == []
+    # A rival with runs missing is none yet; full fine-tuning with runs missing: no verdict.
+    less = next(one for one in lines if one['method'] == 'lora')
+    partly = parts['cells'].cells(Plan, [one for one in lines if one is not less])
+    told = '\n'.join(parts['claim'].verdict(partly, ['mona']))
+    assert '|  | none (lora has not all runs, 1 not run) |' in told
+    less = next(one for one in lines if one['method'] == 'full')
+    partly = parts['cells'].cells(Plan, [one for one in lines if one is not less])
+    assert parts['claim'].verdict(partly) == []
 
 
 def test_the_means_over_places(parts):
@@ -548,16 +554,19 @@ def test_the_studies_of_the_repository_read(name, monkeypatch):
     assert len(set(settings.values())) == len(settings)
 
 
-@pytest.mark.parametrize(('name', 'folder'), [('held_out', 'held-out'), ('attack', 'attack')])
-def test_a_study_that_is_told_as_whole_has_all_its_runs(name, folder, parts):
+@pytest.mark.parametrize('name', ['held_out', 'attack', 'attack_gpu'])
+def test_a_study_that_is_told_as_whole_has_all_its_runs(name, parts):
     plan, stack = parts['plan'].Study(f'configs/study/{name}.py'), stack_versions().items()
-    found = {}
-    lines = (ROOT / 'docs/study' / folder / 'results.jsonl').read_text().splitlines()
-    for row in map(json.loads, lines):
+    Run, found = parts['plan'].Run, {}
+    file = ROOT / 'docs/study' / name.replace('_', '-') / 'results.jsonl'
+    for row in map(json.loads, file.read_text().splitlines()):
         found.setdefault(row['key'], []).append(row)
     planned = {run.key: run for run in plan.runs()}
-    assert found.keys() == planned.keys()
-    for key, rows in found.items():
+    # Lines of more seeds, not of all methods yet, may be there; the report leaves them out.
+    seeds = {key for key in found if Run.of(key).seed in plan.seeds_of(Run.of(key).task)}
+    assert seeds == planned.keys()
+    for key in planned:
+        rows = found[key]
         assert len(rows) == len({row['metric'] for row in rows}) == rows[0]['metrics']
         # Configs of other versions of the libraries may differ.
         if stack <= rows[0]['versions'].items():

@@ -43,11 +43,8 @@ half = dict(every=2)
 # long trainings in docs/real_runs.
 segment = dict(dense, scenarios=half, lrs=[1e-3, 3e-3, 1e-2], prompt_lr_mult=0.3, full_lr_mult=0.1)
 tasks = {
-    # Run so far: two seeds of this and, of full and head-only, a third, which is in the results but
-    # not in the table; three seeds of flowers5 with 5 % of the labels. The third of the others and
-    # a rate of 1e-2 are to follow.
-    'flowers5-robust': dict(classify, seeds=[0, 1]),
-    'flowers5': dict(classify),
+    'flowers5-robust': dict(classify, lrs=[3e-4, 1e-3, 3e-3, 1e-2]),
+    'flowers5': dict(classify, lrs=[3e-4, 1e-3, 3e-3, 1e-2]),
     'flowers5-long-tailed': dict(classify),
     'camvid': dict(segment, fractions=[1.0, 0.2]),
     'fruit': dict(dense, scenarios=half),

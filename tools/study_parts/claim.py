@@ -56,12 +56,13 @@ def together(found: dict[tuple, dict[str, dict]]) -> list[str]:
 def verdict(found: dict[tuple, dict[str, dict]], planned: Iterable[str] = ()) -> list[str]:
     """Pro-tuning against full fine-tuning, head-only and the best rival, a line a place.
 
-    The number of ``planned`` methods without a run at a place is told: the best rival may be one.
+    The rivals that lack runs at a place, and how many of the ``planned`` methods have none there,
+    are told: the best one may be among them.
     """
     rows, gains, first = [], [], {}
     for (task, fraction, metric), methods in found.items():
-        ours, full, head = (methods.get(m) for m in ('pro-tuning', 'full', 'head-only'))
-        if ours is None or not all(cell['complete'] for cell in methods.values()):
+        ours, full, head = whole = [methods.get(m) for m in ('pro-tuning', 'full', 'head-only')]
+        if ours is None or not all(cell['complete'] for cell in whole if cell is not None):
             continue
         unit = hundredths(metric)
         small = {
@@ -69,7 +70,9 @@ def verdict(found: dict[tuple, dict[str, dict]], planned: Iterable[str] = ()) ->
             for name, cell in methods.items()
             if name not in ('pro-tuning', 'head-only') and 0 < share(cell) <= LIMIT
         }
-        rival = max(small, key=lambda name: small[name]['score'], default=None)
+        partly = [name for name, cell in small.items() if not cell['complete']]
+        rivals = small.keys() - partly
+        rival = max(sorted(rivals), key=lambda name: small[name]['score'], default=None)
         row = [f'{task}, {fraction:.0%}, {metric}', f'{unit * ours["score"]:.2f}']
         for other, margin in ((full, 0.0), (head, 1.0), (small.get(rival), 0.0)):
             if other is None:
@@ -85,9 +88,11 @@ def verdict(found: dict[tuple, dict[str, dict]], planned: Iterable[str] = ()) ->
             val = unit * (ours['val'] - full['val'])
             first.setdefault((task, fraction), (gains[-1], val))
         within = 'yes' if share(ours) <= LIMIT else '**no**'
-        lacking = len(set(planned) - set(methods))
+        unknown = [f'{name} has not all runs' for name in partly]
+        if lacking := len(set(planned) - set(methods)):
+            unknown.append(f'{lacking} not run')
         which = rival or 'none'
-        which += f' ({lacking} not run)' if lacking else ''
+        which += f' ({", ".join(unknown)})' if unknown else ''
         rows.append(f'| {" | ".join(row)} | {which} | {share(ours):.1%} {within} |')
     if not rows:
         return []
@@ -98,8 +103,9 @@ def verdict(found: dict[tuple, dict[str, dict]], planned: Iterable[str] = ()) ->
         'by more than the larger spread; ahead of the best rival that trains at most '
         f'{LIMIT:.0%} of',
         f"the backbone's parameters; and whether it keeps to {LIMIT:.0%} itself. ± is the standard",
-        'error of the mean difference, seed by seed. Only places where all methods that have runs',
-        'have all of them; how many methods have none is told behind the best rival.',
+        'error of the mean difference, seed by seed. Only places where Pro-tuning, full',
+        'fine-tuning and head-only have all their runs or none; which rivals lack some, and how',
+        'many methods have none, is told behind the best rival.',
         '',
         '| place | Pro-tuning | over full | over head-only | over the best rival | which '
         '| trains |',
