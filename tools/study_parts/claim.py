@@ -7,6 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from .cells import differences, hundredths, mean_and_error, share
+from .plan import Study
+from .scenarios import scenario_metrics
 
 LIMIT = 0.1
 """Part of the backbone's parameters that a parameter-efficient method may train."""
@@ -49,6 +51,87 @@ def together(found: dict[tuple, dict[str, dict]]) -> list[str]:
         '| method | trains at most | over tasks | over places | ahead in |',
         '|---|---|---|---|---|',
         *(row for _, row in sorted(rows)),
+        '',
+    ]
+
+
+CLAIMS = (
+    'classification', 'few labels', 'class imbalance', 'corruption', 'attacks', 'other domains',
+    'detection', 'segmentation', 'instance segmentation',
+)  # fmt: skip
+"""What the paper says Pro-tuning is better at, and, of few labels, what it says against others."""
+
+
+def scenario_of(study: Study, place: tuple) -> str | None:
+    """Which of the claims a place belongs to; none where its score is another's of the task."""
+    task, fraction, metric = place
+    plan = study.tasks[task]
+    if metric in scenario_metrics(plan):
+        # '100 - mCE, severity 3', 'shifted, grey', 'fgsm, 0.25/255'
+        kind = metric.partition(',')[0]
+        return {'100 - mCE': 'corruption', 'shifted': 'other domains'}.get(kind, 'attacks')
+    if metric != plan['metrics'][0]:
+        return None
+    if 'long_tail' in plan:
+        return 'class imbalance'
+    if fraction < 1:
+        return 'few labels'
+    kinds = {'segm_mAP': 'instance segmentation', 'bbox_mAP': 'detection', 'mIoU': 'segmentation'}
+    return next((kind for word, kind in kinds.items() if word in metric), 'classification')
+
+
+def by_scenario(study: Study, found: dict[tuple, dict[str, dict]]) -> list[str]:
+    """Pro-tuning against full fine-tuning, head-only and the best rival, a line a scenario.
+
+    A scenario is that of all its places where Pro-tuning has all its runs; another method is
+    compared where it has all of its own at each of these.
+    """
+    scenarios = {kind: [] for kind in CLAIMS}
+    for place, methods in found.items():
+        kind = scenario_of(study, place)
+        if kind and 'pro-tuning' in methods and methods['pro-tuning']['complete']:
+            scenarios[kind].append(place)
+    rows = []
+    for kind, places in scenarios.items():
+        if not places:
+            continue
+        whole = {
+            name: [differences(found[place]['pro-tuning'], found[place][name], hundredths(place[2]))
+                   for place in places]
+            for name in found[places[0]]
+            if all(found[place].get(name, {}).get('complete') for place in places)
+        }  # fmt: skip
+        small = [
+            name
+            for name in whole
+            if name not in ('pro-tuning', 'head-only')
+            and all(0 < share(found[place][name]) <= LIMIT for place in places)
+        ]
+        rival = min(small, key=lambda name: mean_and_error(whole[name])[0], default=None)
+        row = [kind, str(len(places))]
+        for name in ('full', 'head-only', rival):
+            if name not in whole:
+                row.append('')
+                continue
+            ahead, error = mean_and_error(whole[name])
+            wins = sum(statistics.mean(by_seed.values()) > 0 for by_seed in whole[name])
+            row.append(f'{ahead:+.2f} ± {error:.2f} ({wins})')
+        rows.append(f'| {" | ".join(row)} | {rival or "none"} |')
+    if not rows:
+        return []
+    return [
+        '## By scenario',
+        '',
+        'Points that Pro-tuning is ahead, mean over the places of a scenario, and in how many of',
+        'them. Clean scores are those of the first metric of a task, and belong to "few labels" or',
+        '"class imbalance" where images were left out, else to what the task is. ± is the standard',
+        'error over the seeds that all places of a scenario have. The rival is the best of those',
+        f"that train at most {LIMIT:.0%} of the backbone's parameters, by the same mean; of all",
+        'columns only methods with all their runs at each of the places.',
+        '',
+        '| scenario | places | over full | over head-only | over the best rival | which |',
+        '|---|---|---|---|---|---|',
+        *rows,
         '',
     ]
 

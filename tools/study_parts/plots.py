@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib
@@ -24,6 +26,8 @@ OTHERS = (
     'tab:blue', 'tab:orange', 'tab:green', 'tab:purple', 'tab:brown', 'tab:pink', 'tab:olive',
     'tab:cyan',
 )  # fmt: skip
+
+MARKERS = 'sD^vP*X<>'
 
 AXES = (
     (
@@ -52,17 +56,24 @@ def draw(place: tuple, methods: dict[str, dict], out: Path, stem: str, final: bo
     score, error = ('score', 'spread') if final else ('val', 'val_spread')
     unit = hundredths(metric)
     on_gpu = next(iter(methods.values()))['runs'][0]['device'] != 'CPU'
+    looks = looks_of(methods)
     for axis, (label, value, set_scale) in zip(axes, AXES, strict=True):
         for method, cell in methods.items():
             x = max(value(cell['runs']), 1e-3)
             y, spreads = unit * cell[score], unit * cell[error]
-            axis.errorbar(x, y, spreads, fmt='o', capsize=3, color=colour(method))
-            axis.annotate(method, (x, y), (4, 4), textcoords='offset points', size=7)
+            axis.errorbar(x, y, spreads, capsize=3, label=method, linestyle='', **looks[method])
         axis.set_xlabel(label.replace('kept for backward', 'at the peak') if on_gpu else label)
         set_scale(axis)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(metric if final else f'{metric}, validation')
     figure.suptitle(f'{task}, {fraction:.0%} of the labels')
+    rows = 22
+    figure.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc='outside right center',
+        fontsize=7,
+        ncols=-(-len(methods) // rows),
+    )
     return save(figure, out, slug(stem, task, f'{fraction:g}', metric))
 
 
@@ -74,14 +85,13 @@ def draw_fractions(found: dict, out: Path, stem: str) -> list[str]:
         if len(points) < 2:
             continue
         figure, axis = plt.subplots(figsize=(6, 4), layout='constrained')
-        for method in dict.fromkeys(m for f in points for m in found[task, f, metric]):
+        looks = looks_of(m for f in points for m in found[task, f, metric])
+        for method in looks:
             have = [f for f in points if method in found[task, f, metric]]
             unit = hundredths(metric)
             scores = [unit * found[task, f, metric][method]['score'] for f in have]
             spreads = [unit * found[task, f, metric][method]['spread'] for f in have]
-            axis.errorbar(
-                have, scores, spreads, marker='o', capsize=3, label=method, color=colour(method)
-            )
+            axis.errorbar(have, scores, spreads, capsize=3, label=method, **looks[method])
         axis.set_xscale('log')
         axis.set_xticks(points, [f'{fraction:.3g}' for fraction in points])
         axis.set_xticks([], minor=True)
@@ -94,13 +104,21 @@ def draw_fractions(found: dict, out: Path, stem: str) -> list[str]:
     return names
 
 
-def colour(method: str) -> str:
-    """Pro-tuning and its two twins stand out."""
+def looks_of(methods: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Colour and marker of each method.
+
+    Those of every study look the same in all its pictures, Pro-tuning and its two twins stand out,
+    and variants differ from all others of their picture.
+    """
     known = {'pro-tuning': 'tab:red', 'full': 'black', 'head-only': 'tab:gray'}
-    if method in known:
-        return known[method]
-    names = [name for name in METHODS if name not in known]
-    return OTHERS[names.index(method) % len(OTHERS)] if method in names else 'tab:blue'
+    others = [name for name in METHODS if name not in known]
+    known |= dict(zip(others, OTHERS, strict=True))
+    looks = dict.fromkeys(methods)
+    variants = itertools.cycle(itertools.product(MARKERS, OTHERS))
+    for name in looks:
+        marker, colour = ('o', known[name]) if name in known else next(variants)
+        looks[name] = dict(marker=marker, color=colour)
+    return looks
 
 
 def save(figure: Figure, out: Path, name: str) -> str:

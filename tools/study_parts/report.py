@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from .cells import cells, hundredths, mean, share, step_time
-from .claim import together, verdict
+from .claim import by_scenario, together, verdict
 from .plan import Study
 from .plots import draw, draw_fractions
 
@@ -74,6 +74,7 @@ def report(
     ]
     if final:
         text += verdict(found, study.methods)
+        text += by_scenario(study, found)
         text += together(found)
     for (task, fraction, metric), methods in found.items():
         first = next(iter(methods.values()))['runs'][0]
