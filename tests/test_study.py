@@ -206,6 +206,7 @@ def test_bad_input(study, tmp_path, change, more, message):
         ('steps=3,', 'steps=3, options=dict(lorra={}),', "options: method 'lorra' is unknown"),
         ("backbone='ResNet'", "backbone='Resnet'", "options has none for backbone='Resnet'"),
         ('(lora=dict(', '(lorra=dict(', "options of 'ResNet': method 'lorra' is unknown"),
+        ('steps=3,', 'steps=3, scenarios=None,', 'scenarios=None: use a dict'),
         ('steps=3,', 'steps=3, scenarios=dict(severity=[3]),', 'scenarios.severity is unknown'),
         ('steps=3,', 'steps=3, scenarios=dict(severities=[6]),', 'severities has 6: use 1 to 5'),
         ('steps=3,', 'steps=3, scenarios=dict(attacks=dict(pgm=[1])),', "'pgm' is unknown"),

@@ -199,6 +199,8 @@ class Study:
     @staticmethod
     def _check_scenarios(where: str, task: dict) -> None:
         wanted = task.get('scenarios', {})
+        if not isinstance(wanted, dict):
+            raise ValueError(f'{where}: scenarios={wanted}: use a dict, or leave it out')
         for key in wanted:
             if key not in SCENARIOS:
                 raise ValueError(f'{where}: scenarios.{key} is unknown: use {", ".join(SCENARIOS)}')
