@@ -1,7 +1,9 @@
 """tools/study.py: the same steps and grid for all, resumed at any run, picked by validation."""
 
 import json
+import math
 import shutil
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -260,9 +262,9 @@ def test_a_metric_that_is_not_there_is_no_divergence(study, tmp_path):
 @pytest.fixture
 def parts(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / 'tools'))
-    from study_parts import cells, claim, plan, report, run_config, scenarios, training
+    from study_parts import cells, claim, plan, plots, report, run_config, scenarios, training
 
-    parts = (cells, claim, plan, report, run_config, scenarios, training)
+    parts = (cells, claim, plan, plots, report, run_config, scenarios, training)
     return {part.__name__.removeprefix('study_parts.'): part for part in parts}
 
 
@@ -484,14 +486,15 @@ def test_the_verdict(parts):
     assert '(2 not run)' in '\n'.join(told)
     alone = parts['cells'].cells(Plan, [one for one in lines if one['method'] != 'lora'])
     assert '| none (1 not run) |' in '\n'.join(parts['claim'].verdict(alone, ['mona']))
-    # A rival with runs missing is none yet; full fine-tuning with runs missing: no verdict.
+    # A rival with runs missing is none yet; one of the other three: no verdict.
     less = next(one for one in lines if one['method'] == 'lora')
     partly = parts['cells'].cells(Plan, [one for one in lines if one is not less])
     told = '\n'.join(parts['claim'].verdict(partly, ['mona']))
-    assert '|  | none (lora has not all runs, 1 not run) |' in told
-    less = next(one for one in lines if one['method'] == 'full')
-    partly = parts['cells'].cells(Plan, [one for one in lines if one is not less])
-    assert parts['claim'].verdict(partly) == []
+    assert '|  | none (lora lacks runs, 1 not run) |' in told
+    for name in ('full', 'head-only', 'pro-tuning'):
+        less = next(one for one in lines if one['method'] == name)
+        partly = parts['cells'].cells(Plan, [one for one in lines if one is not less])
+        assert parts['claim'].verdict(partly) == []
 
 
 def test_the_means_over_places(parts):
@@ -518,7 +521,7 @@ def test_the_means_over_scenarios(parts):
 
     class Wide(Plan):
         tasks = dict(
-            t=dict(metrics=['m', 'n'], scenarios=attack),
+            t=dict(metrics=['accuracy/m', 'n'], scenarios=attack),
             long=dict(metrics=['m'], long_tail=50),
             boxes=dict(metrics=['coco/bbox_mAP']),
             masks=dict(metrics=['coco/segm_mAP', 'coco/bbox_mAP']),
@@ -536,13 +539,19 @@ def test_the_means_over_scenarios(parts):
             for one in everywhere('pro-tuning', 60, 0.05, by_seed=2, metric=metric)
         ]
 
-    lines = place('t', 1.0, 'm', full=1, head_only=2, lora=3, mona=4)
+    lines = place('t', 1.0, 'accuracy/m', full=1, head_only=2, lora=3, mona=4)
     lines += place('t', 1.0, 'n', full=50)  # Not the first metric.
-    lines += place('t', 0.5, 'm', full=-1, head_only=2, lora=3, mona=1)
-    lines += place('t', 0.2, 'm', full=4, head_only=-2, lora=3, mona=3)
+    lines += place('t', 0.5, 'accuracy/m', full=-1, head_only=2, lora=3, mona=1)
+    lines += place('t', 0.2, 'accuracy/m', full=4, head_only=-2, lora=3, mona=3)
     lines += place('t', 1.0, '100 - mCE, severity 3', full=1, lora=2)
     lines += place('t', 0.5, 'fgsm, 1/255', full=-2) + place('t', 1.0, 'shifted, grey', full=8)
-    lines += place('long', 1.0, 'm', full=1) + place('maps', 1.0, 'mIoU', full=2)
+    lines += place('long', 0.5, 'm', full=1, lora=-0.5) + place('maps', 1.0, 'mIoU', full=2)
+    # Too many parameters at one of two places, so no rival.
+    for fraction in (0.5, 0.2):
+        lines += [
+            dict(one, task='t', fraction=fraction)
+            for one in everywhere('adapter', 70, fraction / 3, metric='accuracy/m')
+        ]
     for task in ('boxes', 'masks'):
         lines += place(task, 1.0, 'coco/bbox_mAP', full=0.5)
     lines += place('masks', 1.0, 'coco/segm_mAP', full=0)
@@ -555,7 +564,8 @@ def test_the_means_over_scenarios(parts):
     assert rows(lines) == [
         '| classification | 1 | +1.50 ± 0.50 (1) | +2.50 ± 0.50 (1) | +3.50 ± 0.50 (1) | lora |',
         '| few labels | 2 | +2.00 ± 0.50 (1) | +0.50 ± 0.50 (1) | +2.50 ± 0.50 (2) | mona |',
-        '| class imbalance | 1 | +1.50 ± 0.50 (1) |  |  | none |',
+        # As good is not ahead.
+        '| class imbalance | 1 | +1.50 ± 0.50 (1) |  | +0.00 ± 0.50 (0) | lora |',
         '| corruption | 1 | +1.50 ± 0.50 (1) |  | +2.50 ± 0.50 (1) | lora |',
         '| attacks | 1 | -1.50 ± 0.50 (0) |  |  | none |',
         '| other domains | 1 | +8.50 ± 0.50 (1) |  |  | none |',
@@ -569,6 +579,15 @@ def test_the_means_over_scenarios(parts):
     less = next(one for one in lines if one['method'] == 'pro-tuning')
     assert rows([one for one in lines if one is not less])[0].startswith('| few labels')
     assert parts['claim'].by_scenario(Wide, {}) == []
+    # A metric of no claim; and one seed has no error.
+    strange = dict(Wide.tasks, t=dict(metrics=['caption/BLEU']))
+    assert parts['claim'].scenario_of(Mock(tasks=strange), ('t', 1.0, 'caption/BLEU')) is None
+    assert parts['claim'].told(1.0, math.nan) == '+1.00'
+
+
+def test_every_method_has_a_colour_of_its_own(parts):
+    looks = parts['plots'].looks_of([*parts['plan'].METHODS, *(f'variant {i}' for i in range(40))])
+    assert len({tuple(look.values()) for look in looks.values()}) == len(looks)
 
 
 def test_a_task_with_more_seeds_counts_once(parts):
@@ -621,9 +640,9 @@ def test_a_study_that_is_told_as_whole_has_all_its_runs(name, parts):
     for row in map(json.loads, file.read_text().splitlines()):
         found.setdefault(row['key'], []).append(row)
     planned = {run.key: run for run in plan.runs()}
-    # Lines of more seeds, not of all methods yet, may be there; the report leaves them out.
-    seeds = {key for key in found if Run.of(key).seed in plan.seeds_of(Run.of(key).task)}
-    assert seeds == planned.keys()
+    if name == 'attack_gpu':  # Of a third seed, not of all methods yet; the report leaves it out.
+        found = {key: rows for key, rows in found.items() if Run.of(key).seed != 2}
+    assert found.keys() == planned.keys()
     for key in planned:
         rows = found[key]
         assert len(rows) == len({row['metric'] for row in rows}) == rows[0]['metrics']

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
@@ -12,6 +13,11 @@ from .scenarios import scenario_metrics
 
 LIMIT = 0.1
 """Part of the backbone's parameters that a parameter-efficient method may train."""
+
+
+def told(ahead: float, error: float) -> str:
+    """A difference and its standard error, which one seed does not have."""
+    return f'{ahead:+.2f}' + ('' if math.isnan(error) else f' ± {error:.2f}')
 
 
 def together(found: dict[tuple, dict[str, dict]]) -> list[str]:
@@ -34,8 +40,8 @@ def together(found: dict[tuple, dict[str, dict]]) -> list[str]:
         largest = max(share(found[place][name]) for place, _ in places)
         wins = sum(statistics.mean(by_seed.values()) > 0 for _, by_seed in places)
         row = (
-            f'| {name} | {largest:.1%} | {mean_first:+.2f} ± {error_first:.2f} ({len(first)}) '
-            f'| {mean_all:+.2f} ± {error_all:.2f} | {wins} of {len(places)} |'
+            f'| {name} | {largest:.1%} | {told(mean_first, error_first)} ({len(first)}) '
+            f'| {told(mean_all, error_all)} | {wins} of {len(places)} |'
         )
         rows.append((mean_first, row))
     if not rows:
@@ -63,7 +69,10 @@ CLAIMS = (
 
 
 def scenario_of(study: Study, place: tuple) -> str | None:
-    """Which of the claims a place belongs to; none where its score is another's of the task."""
+    """Which of the claims a place belongs to.
+
+    None where its score is not the first of its task, or of a metric that is in none of the claims.
+    """
     task, fraction, metric = place
     plan = study.tasks[task]
     if metric in scenario_metrics(plan):
@@ -76,8 +85,14 @@ def scenario_of(study: Study, place: tuple) -> str | None:
         return 'class imbalance'
     if fraction < 1:
         return 'few labels'
-    kinds = {'segm_mAP': 'instance segmentation', 'bbox_mAP': 'detection', 'mIoU': 'segmentation'}
-    return next((kind for word, kind in kinds.items() if word in metric), 'classification')
+    kinds = {
+        'segm_mAP': 'instance segmentation',
+        'mAP': 'detection',
+        'accuracy/': 'classification',
+        'mIoU': 'segmentation',
+        'mDice': 'segmentation',
+    }
+    return next((kind for word, kind in kinds.items() if word in metric), None)
 
 
 def by_scenario(study: Study, found: dict[tuple, dict[str, dict]]) -> list[str]:
@@ -115,7 +130,7 @@ def by_scenario(study: Study, found: dict[tuple, dict[str, dict]]) -> list[str]:
                 continue
             ahead, error = mean_and_error(whole[name])
             wins = sum(statistics.mean(by_seed.values()) > 0 for by_seed in whole[name])
-            row.append(f'{ahead:+.2f} ± {error:.2f} ({wins})')
+            row.append(f'{told(ahead, error)} ({wins})')
         rows.append(f'| {" | ".join(row)} | {rival or "none"} |')
     if not rows:
         return []
@@ -126,8 +141,8 @@ def by_scenario(study: Study, found: dict[tuple, dict[str, dict]]) -> list[str]:
         'them. Clean scores are those of the first metric of a task, and belong to "few labels" or',
         '"class imbalance" where images were left out, else to what the task is. ± is the standard',
         'error over the seeds that all places of a scenario have. The rival is the best of those',
-        f"that train at most {LIMIT:.0%} of the backbone's parameters, by the same mean; of all",
-        'columns only methods with all their runs at each of the places.',
+        f"that train at most {LIMIT:.0%} of the backbone's parameters, by the same mean. A column",
+        'is empty where its method lacks runs at one of the places.',
         '',
         '| scenario | places | over full | over head-only | over the best rival | which |',
         '|---|---|---|---|---|---|',
@@ -163,15 +178,15 @@ def verdict(found: dict[tuple, dict[str, dict]], planned: Iterable[str] = ()) ->
                 continue
             ahead = unit * (ours['score'] - other['score'])
             needed = margin * unit * max(ours['spread'], other['spread'])
-            told = 'yes' if ahead >= needed and ahead > -1e-9 else '**no**'
+            answer = 'yes' if ahead >= needed and ahead > -1e-9 else '**no**'
             _, error = mean_and_error([differences(ours, other, unit)])
-            row.append(f'{ahead:+.2f} ± {error:.2f} {told}')
+            row.append(f'{told(ahead, error)} {answer}')
         if full is not None:
             gains.append(unit * (ours['score'] - full['score']))
             val = unit * (ours['val'] - full['val'])
             first.setdefault((task, fraction), (gains[-1], val))
         within = 'yes' if share(ours) <= LIMIT else '**no**'
-        unknown = [f'{name} has not all runs' for name in partly]
+        unknown = [f'{name} lacks runs' for name in partly]
         if lacking := len(set(planned) - set(methods)):
             unknown.append(f'{lacking} not run')
         which = rival or 'none'
