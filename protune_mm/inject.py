@@ -148,7 +148,7 @@ def placed_options(options: Options, sites: list[Site]) -> dict:
 
     Returns:
         dict: of plain values: policy, names of the prompted blocks, and the prompt's options with
-        their defaults, but for those that only choose its start.
+        their defaults, but for those that only choose how it starts and trains.
     """
     placed = dict(policy=options.policy, affine=options.affine)
     if options.lean is not None and options.lean.dtype:
@@ -163,7 +163,7 @@ def placed_options(options: Options, sites: list[Site]) -> dict:
             if parameter.default is not inspect.Parameter.empty
         }
         own |= {key: value for key, value in options.prompt.items() if key != 'type'}
-        for key in own.keys() - set(getattr(cls, 'start_only', ('zero_init',))):
+        for key in own.keys() - set(getattr(cls, 'training_only', ('zero_init',))):
             placed[f'prompt.{key}'] = own[key]
     return json.loads(json.dumps(placed, sort_keys=True, default=str))
 

@@ -192,9 +192,10 @@ def test_other_prompts_are_an_error_that_names_the_option(tuned_file, base, opti
     assert all(torch.equal(before[k], v) for k, v in backbone.state_dict().items())
 
 
-def test_the_start_of_prompts_is_no_other_prompt(tuned_file, base):
+def test_the_start_and_training_of_prompts_is_no_other_prompt(tuned_file, base):
     path, outputs = tuned_file
-    backbone = resnet(base_checkpoint=str(base), prompt=dict(zero_init=False, ratio=8, scale=1.0))
+    prompt = dict(zero_init=False, ratio=8, scale=1.0, drop_rate=0.5)
+    backbone = resnet(base_checkpoint=str(base), prompt=prompt)
     load_checkpoint(backbone, str(path))
     assert same(backbone, outputs)
 

@@ -124,3 +124,56 @@ def test_the_scale_of_the_width(learnable):
     torch.testing.assert_close(root(x), one(x) / 2)  # float32
     with pytest.raises(TypeError, match="scale='rot' is no number and not 'root'"):
         ProTuningBlock(8, scale='rot')
+
+
+@pytest.mark.parametrize('options', [dict(), dict(norm_cfg=dict(type='GN', num_groups=1))])
+def test_hidden_channels_are_left_out_of_an_image_in_training(options):
+    torch.manual_seed(0)
+    block = ProTuningBlock(8, hidden=4, zero_init=False, drop_rate=0.5, **options).double()
+    plain = ProTuningBlock(8, hidden=4, zero_init=False, **options).double()
+    plain.load_state_dict(block.state_dict())
+    x = torch.randn(64, 8, 3, 3, dtype=torch.float64)
+    assert torch.equal(block.eval()(x), plain(x))
+    # What the last convolution reads is zero or twice what it is without, a channel at a time.
+    read = {}
+    for name, module in (('dropped', block.train()), ('whole', plain)):
+        module.up.register_forward_pre_hook(lambda _, args, name=name: read.update({name: args[0]}))
+        module(x)
+    factor = (read['dropped'] / read['whole']).flatten(2)
+    torch.testing.assert_close(factor, factor[..., :1].expand_as(factor))
+    found = set(factor[..., 0].flatten().round(decimals=6).tolist())
+    assert found == {0.0, 2.0}
+    assert 0.35 < (factor[..., 0] == 0).double().mean() < 0.65
+    assert len({tuple(row) for row in (factor[..., 0] == 0).tolist()}) > 8, 'an image at a time'
+
+
+@pytest.mark.parametrize('lean', [True, False])
+def test_dropped_channels_get_the_gradient_of_a_plain_reference(lean):
+    torch.manual_seed(0)
+    block = ProTuningBlock(8, hidden=4, zero_init=False, drop_rate=0.5).double().train()
+    block.lean = lean
+    x = torch.randn(6, 8, 5, 5, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(1)
+    out = block(x)
+    grads = torch.autograd.grad(out.square().sum(), [x, *block.parameters()])
+    torch.manual_seed(1)
+    hidden = block.act2(block.spatial(block.act1(block.down(x))))
+    expected = block.up(nn.functional.dropout2d(hidden, 0.5))
+    wanted = torch.autograd.grad(expected.square().sum(), [x, *block.parameters()])
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+    for got, want in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ('rate', 'error', 'words'),
+    [
+        (1.0, ValueError, 'drop_rate=1.0: use a probability from 0 to below 1'),
+        (-0.1, ValueError, 'drop_rate=-0.1: use'),
+        ('some', TypeError, "drop_rate='some' is no number"),
+        (True, TypeError, 'drop_rate=True is no number'),
+    ],
+)
+def test_a_rate_that_is_no_probability_is_an_error(rate, error, words):
+    with pytest.raises(error, match=words):
+        ProTuningBlock(16, drop_rate=rate)

@@ -356,6 +356,37 @@ def test_a_task_has_options_for_a_prompt_with_a_name(study, parts, monkeypatch):
     assert plan.setting(plan.runs()[0]) != first
 
 
+def test_a_new_option_of_a_prompt_that_is_off_leaves_results(study, parts, monkeypatch):
+    variants = {
+        'plain': 'dict()',
+        'spelled': 'dict(norm_cfg=None, learnable_scale=False, drop_rate=0.0)',
+        'linear': 'dict(act_cfg=None)',
+        'dropped': 'dict(drop_rate=0.1)',
+    }
+    lines = ''.join(f'{k}=dict(prompt={v}),' for k, v in variants.items())
+    change = {'seeds = [0]': f'seeds = [0]\nvariants = dict({lines})'}
+    plan = parts['plan'].Study(str(study([*variants], **change)))
+
+    def settings():
+        return {run.method: plan.setting(run) for run in plan.runs()}
+
+    first = settings()
+    assert first['plain'] == first['spelled']
+    assert len(set(first.values())) == 3
+    block = parts['plan']._defaults
+
+    def more(**options):
+        monkeypatch.setattr(parts['plan'], '_defaults', lambda kind: {**block(kind), **options})
+
+    more(brand_new=0.0)
+    assert settings() == first
+    more(brand_new=0.5)
+    assert not set(settings().values()) & set(first.values())
+    more(drop_rate=0.1)  # Another default.
+    assert settings()['plain'] not in first.values()
+    assert settings()['plain'] == settings()['dropped'] != settings()['spelled']
+
+
 def test_a_setting_tells_the_width_that_the_library_chooses(study, parts):
     names = {
         'auto': "'principal'",

@@ -83,6 +83,12 @@ variants[vit[1]] = dict(_base_.principal, prompt=dict(_base_.principal.prompt, s
 for alpha in (12, 24):  # Of LoRA, too: a factor of one and of two.
     scales.append(f'lora-rank12-alpha{alpha}')
     variants[scales[-1]] = dict(prompt=dict(type='LoRA', rank=12, alpha=alpha))
+# Hidden channels left out at random in training.
+drops = []
+for rate in (0.0, 0.1, 0.2, 0.4):
+    drops.append(f'inside-principal-drop{rate:g}')
+    prompt = dict(_base_.principal.prompt, drop_rate=rate)
+    variants[drops[-1]] = dict(_base_.principal, prompt=prompt)
 ends = ['full', 'head-only']  # To see how far the block has come.
 # The defaults and what may replace them, and what the neck and head receive.
 defaults = ['stages', 'stages-principal', 'stages-principal-linear', 'stages-plain']
@@ -91,7 +97,7 @@ first = [
     'blocks-hidden48', 'blocks-hidden48-fan-in', 'norm-gelu', 'norm-linear', 'norm-relu',
     'norm-kernel3', 'norm-kernel7', 'norm-dense', 'norm-scale', 'norm-random', 'norm-rate0.3',
 ]  # fmt: skip
-apart = {'stages-plain', *first, *scales[1:], vit[1]}
+apart = {'stages-plain', *first, *scales[1:], vit[1], *drops}
 methods = [*ends, *(name for name in variants if name not in apart), *first]
 
 flowers5 = _base_.tasks.flowers5
@@ -135,6 +141,18 @@ two = [f'inside-hidden10-principal-scale{scale}' for scale in (0.32, 0.75)]
 tasks['long-tail-scale'] = dict(_base_.tasks['flowers5-long-tailed'], methods=two)
 tasks['flowers5-vit-scale'] = dict(_base_.tasks['flowers5-vit'], methods=vit)
 tasks['fruit-scale'] = dict(_base_.tasks.fruit, fractions=[1.0], methods=two)
-# A study may give a task more seeds: what these choose has those of all.
+# A study may give a task more seeds: what these choose has those of all, but for what came last,
+# which has others.
 tasks = {'_delete_': True} | {name: dict(task, seeds=_base_.seeds) for name, task in tasks.items()}
-del hidden, scale, alpha
+tasks['flowers5-drop'] = dict(tasks['flowers5-scale'], methods=drops, seeds=[3, 4, 5, 6, 7])
+tasks['fruit-drop'] = dict(
+    tasks['fruit-scale'], fractions=[0.25, 1.0], lrs=[1e-3], methods=[drops[0], drops[2]]
+)
+tasks['camvid-drop'] = dict(
+    tasks['camvid'],
+    fractions=[0.2, 1.0],
+    lrs=[3e-2],
+    methods=[drops[0], drops[2]],
+    options={name: dict(prompt=dict(hidden=10, scale=0.32)) for name in (drops[0], drops[2])},
+)
+del hidden, scale, alpha, rate, prompt

@@ -7,7 +7,8 @@ note = (
     'the prompts\nwas chosen by them. [What came of it](../findings.md).'
 )
 
-methods = ['full', *_base_.scales]
+# The scales, and hidden channels left out at random.
+methods = ['full', *_base_.scales, *_base_.drops[::2]]
 tasks = {
     '_delete_': True,
     'flowers5-held-out': dict(

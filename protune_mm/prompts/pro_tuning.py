@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from mmcv.cnn import build_activation_layer, build_norm_layer
 from mmengine.dist import broadcast
@@ -43,11 +45,13 @@ class ProTuningBlock(BaseModule):
             ``'fan_in'``, which keeps the size of the signal through a depth-wise convolution,
             too; or ``'principal'``, from the first training batch, see
             :meth:`start_from`. Default ``'fan_out'``, as of mmengine.
+        drop_rate: probability with which a hidden channel is left out of an image in training,
+            before the last convolution (``nn.Dropout2d``). Default 0.
 
     Raises:
         ValueError: ``ratio`` leaves no channel, ``hidden`` is below 1, ``kernel_size`` is even,
             ``init_mode`` is unknown, or ``'principal'`` where the last convolution does not start
-            at zero.
+            at zero, or ``drop_rate`` is not from 0 to below 1.
         TypeError: an option that should be a number is none.
 
     Shape: ``(B, C, H, W) -> (B, C, H, W)``, any H and W from 1 on.
@@ -55,12 +59,12 @@ class ProTuningBlock(BaseModule):
     Attributes:
         lean: compute normalization and activation again in backward instead of keeping their
             output. Set by :func:`protune_mm.protune`.
-        start_only: options that choose how it starts, not what it computes.
+        training_only: options that choose how it starts and trains, not what it computes then.
         waits: the next training batch decides how it starts.
     """
 
     lean = True
-    start_only = ('zero_init', 'init_mode')
+    training_only = ('zero_init', 'init_mode', 'drop_rate')
 
     def __init__(
         self,
@@ -75,9 +79,15 @@ class ProTuningBlock(BaseModule):
         zero_init: bool = True,
         hidden: int | None = None,
         init_mode: str = 'fan_out',
+        drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        given = dict(ratio=ratio, kernel_size=kernel_size, scale=1.0 if scale == 'root' else scale)
+        given = dict(
+            ratio=ratio,
+            kernel_size=kernel_size,
+            scale=1.0 if scale == 'root' else scale,
+            drop_rate=drop_rate,
+        )
         for name, value in given.items():
             if isinstance(value, bool) or not isinstance(value, int | float):
                 hint = " and not 'root'" if name == 'scale' else ''
@@ -96,6 +106,8 @@ class ProTuningBlock(BaseModule):
         if init_mode == 'principal' and not zero_init:
             # Where the output is not zero, this start would change it in the middle of a batch.
             raise ValueError("init_mode='principal' needs a start at zero: leave zero_init=True")
+        if not 0 <= drop_rate < 1:
+            raise ValueError(f'drop_rate={drop_rate}: use a probability from 0 to below 1')
         hidden = hidden or int(channels / ratio)
         scale = hidden**-0.5 if scale == 'root' else scale
         self.zero_init, self.init_mode = zero_init, init_mode
@@ -114,6 +126,7 @@ class ProTuningBlock(BaseModule):
         )
         self.norm2 = build_norm_layer(norm_cfg, hidden)[1] if norm_cfg else nn.Identity()
         self.act2 = build_activation_layer(act_cfg) if act_cfg else nn.Identity()
+        self.drop = nn.Dropout2d(drop_rate) if drop_rate else nn.Identity()
         self.up = nn.Conv2d(hidden, channels, 1)
         if learnable_scale:
             self.scale = nn.Parameter(torch.tensor(float(scale)))
@@ -148,10 +161,14 @@ class ProTuningBlock(BaseModule):
         if self.waits and self.training:
             self.start_from(x)
         prompt = self._activated(self.down(x), self.norm1, self.act1, self.spatial)
-        prompt = self._activated(prompt, self.norm2, self.act2, self.up)
+        prompt = self._activated(prompt, self.norm2, self.act2, self._up)
         if isinstance(self.scale, nn.Parameter) or self.scale != 1.0:
             prompt = prompt * self.scale
         return prompt
+
+    def _up(self, x: Tensor) -> Tensor:
+        """Return to the channels of the stage, some hidden ones left out."""
+        return self.up(self.drop(x))
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -197,7 +214,9 @@ class ProTuningBlock(BaseModule):
             self.down.bias.copy_(-weight @ mean)
         nn.init.dirac_(self.spatial.weight, groups=self.spatial.groups)
 
-    def _activated(self, x: Tensor, norm: nn.Module, act: nn.Module, conv: nn.Module) -> Tensor:
+    def _activated(
+        self, x: Tensor, norm: nn.Module, act: nn.Module, conv: Callable[[Tensor], Tensor]
+    ) -> Tensor:
         """Apply normalization, activation and the next convolution.
 
         The input of the normalization is all that is kept: what follows from it is cheap to

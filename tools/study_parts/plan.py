@@ -278,7 +278,8 @@ class Study:
         """A digest of all that a run's result follows from, but for the code of the libraries.
 
         Results of another setting (other steps, options or defaults of a prompt) are none of this
-        study.
+        study. What is off by default and not asked for counts as not there, so that results stay
+        when a prompt gets an option.
         """
         # A multiplier is among the options of the methods that it concerns.
         apart = [
@@ -292,7 +293,11 @@ class Study:
         if options.get('policy', 'prompts') == 'prompts':
             given = options.pop('prompt', None)
             prompt = prompt_config(given)
-            plan['prompt'] = {**_defaults(prompt_class(prompt)), **prompt}
+            defaults = _defaults(prompt_class(prompt))
+            whole = {**defaults, **prompt}
+            plan['prompt'] = {
+                key: value for key, value in whole.items() if value or defaults.get(key)
+            }
             plan['width'] = None if chooses_width(given) else (SHARE, RATIOS)
         return hashlib.sha1(json.dumps(plan, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
