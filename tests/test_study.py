@@ -659,7 +659,9 @@ def test_the_studies_of_the_repository_read(name, monkeypatch):
     runs = study.runs()
     assert len({run.key for run in runs}) == len(runs)
     assert all(Run.of(run.key) == run for run in runs)
-    settings = {(run.task, run.method): study.setting(run) for run in runs}
+    # A form that was run once more, on the processor of those it is compared with.
+    again = 'inside-principal-drop0'
+    settings = {(run.task, run.method): study.setting(run) for run in runs if run.method != again}
     assert len(set(settings.values())) == len(settings)
 
 
