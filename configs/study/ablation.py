@@ -141,8 +141,8 @@ two = [f'inside-hidden10-principal-scale{scale}' for scale in (0.32, 0.75)]
 tasks['long-tail-scale'] = dict(_base_.tasks['flowers5-long-tailed'], methods=two)
 tasks['flowers5-vit-scale'] = dict(_base_.tasks['flowers5-vit'], methods=vit)
 tasks['fruit-scale'] = dict(_base_.tasks.fruit, fractions=[1.0], methods=two)
-# A study may give a task more seeds: what these choose has those of all, but for what came last,
-# which has others.
+# A study may give a task more seeds: what these choose has those of all, but for the drop rate with
+# few labels, which came last and has others.
 tasks = {'_delete_': True} | {name: dict(task, seeds=_base_.seeds) for name, task in tasks.items()}
 tasks['flowers5-drop'] = dict(tasks['flowers5-scale'], methods=drops, seeds=[3, 4, 5, 6, 7])
 tasks['fruit-drop'] = dict(

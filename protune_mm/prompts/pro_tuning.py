@@ -45,13 +45,15 @@ class ProTuningBlock(BaseModule):
             ``'fan_in'``, which keeps the size of the signal through a depth-wise convolution,
             too; or ``'principal'``, from the first training batch, see
             :meth:`start_from`. Default ``'fan_out'``, as of mmengine.
-        drop_rate: probability with which a hidden channel is left out of an image in training,
-            before the last convolution (``nn.Dropout2d``). Default 0.
+        drop_rate: probability with which a hidden channel is left out in training, before the last
+            convolution (``nn.Dropout2d``): of each image, and apart from it of a class token that
+            is prompted. Above 0 what the last convolution reads is kept for backward, one hidden
+            map, also where ``lean`` would compute it again. Default 0.
 
     Raises:
         ValueError: ``ratio`` leaves no channel, ``hidden`` is below 1, ``kernel_size`` is even,
-            ``init_mode`` is unknown, or ``'principal'`` where the last convolution does not start
-            at zero, or ``drop_rate`` is not from 0 to below 1.
+            ``drop_rate`` is not from 0 to below 1, ``init_mode`` is unknown, or ``'principal'``
+            where the last convolution does not start at zero.
         TypeError: an option that should be a number is none.
 
     Shape: ``(B, C, H, W) -> (B, C, H, W)``, any H and W from 1 on.
@@ -59,7 +61,8 @@ class ProTuningBlock(BaseModule):
     Attributes:
         lean: compute normalization and activation again in backward instead of keeping their
             output. Set by :func:`protune_mm.protune`.
-        training_only: options that choose how it starts and trains, not what it computes then.
+        training_only: options that choose how it starts and trains, not what it computes in
+            evaluation; a checkpoint does not ask for the same.
         waits: the next training batch decides how it starts.
     """
 

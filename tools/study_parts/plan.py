@@ -296,7 +296,9 @@ class Study:
             defaults = _defaults(prompt_class(prompt))
             whole = {**defaults, **prompt}
             plan['prompt'] = {
-                key: value for key, value in whole.items() if value or defaults.get(key)
+                key: value
+                for key, value in whole.items()
+                if value or key not in defaults or value != defaults[key]
             }
             plan['width'] = None if chooses_width(given) else (SHARE, RATIOS)
         return hashlib.sha1(json.dumps(plan, sort_keys=True, default=str).encode()).hexdigest()[:12]
