@@ -682,8 +682,7 @@ def test_a_study_that_is_told_as_whole_has_all_its_runs(name, parts):
     if name == 'attack_gpu':  # Of a third seed, not of all methods yet; the report leaves it out.
         found = {key: rows for key, rows in found.items() if Run.of(key).seed != 2}
     assert found.keys() == planned.keys()
-    for key in planned:
-        rows = found[key]
+    for key, rows in found.items():
         assert len(rows) == len({row['metric'] for row in rows}) == rows[0]['metrics']
         # Configs of other versions of the libraries may differ.
         if stack <= rows[0]['versions'].items():

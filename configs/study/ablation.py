@@ -146,13 +146,13 @@ tasks['fruit-scale'] = dict(_base_.tasks.fruit, fractions=[1.0], methods=two)
 tasks = {'_delete_': True} | {name: dict(task, seeds=_base_.seeds) for name, task in tasks.items()}
 tasks['flowers5-drop'] = dict(tasks['flowers5-scale'], methods=drops, seeds=[3, 4, 5, 6, 7])
 tasks['fruit-drop'] = dict(
-    tasks['fruit-scale'], fractions=[0.25, 1.0], lrs=[1e-3], methods=[drops[0], drops[2]]
+    tasks['fruit-scale'], fractions=[0.25, 1.0], lrs=[1e-3], methods=drops[::2]
 )
 tasks['camvid-drop'] = dict(
     tasks['camvid'],
     fractions=[0.2, 1.0],
     lrs=[3e-2],
-    methods=[drops[0], drops[2]],
-    options={name: dict(prompt=dict(hidden=10, scale=0.32)) for name in (drops[0], drops[2])},
+    methods=drops[::2],
+    options={name: dict(prompt=dict(hidden=10, scale=0.32)) for name in drops[::2]},
 )
 del hidden, scale, alpha, rate, prompt

@@ -1,7 +1,7 @@
 # attack.py at the size the weights were made for, in the steps and batches of gpu.py and at three
 # rates, with the other domains: for one GPU.
 #     python tools/study.py configs/study/attack_gpu.py --out docs/study/attack-gpu --jobs 16
-_base_ = ['./attack.py']
+_base_ = ['./attack.py', './_base_/flowers5_224.py']
 note = (
     'The test images here are two tenths of the training images, not the test split, and half of '
     'them are attacked and shown in other domains.\n`full-frozen3` leaves the first convolution '
@@ -11,7 +11,6 @@ note = (
     '[What came of it](../findings.md#attacks-in-longer-trainings).'
 )
 
-size = 224
 methods = [
     'full',
     'full-frozen3',
@@ -22,16 +21,10 @@ methods = [
 ]
 tasks = {
     'flowers5-held-out': dict(
-        steps=600,
+        _base_.flowers5_224,
         # A third, so far of the first two methods alone, is in the results but not in the table.
         seeds=[0, 1],
         lrs=[1e-3, 3e-3, 1e-2],
         scenarios=dict(shifts=_base_.domains.shifts),
-        cfg_options={
-            'train_dataloader.batch_size': 32,
-            'train_dataloader.dataset.pipeline.1.scale': size,
-            'val_dataloader.dataset.pipeline.1.scale': (size, size),
-            'test_dataloader.dataset.pipeline.1.scale': (size, size),
-        },
     ),
 }

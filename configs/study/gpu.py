@@ -3,7 +3,7 @@
 #     python tools/study.py configs/study/gpu.py --out docs/study/gpu --jobs 16
 # Models and images are small: a GPU holds many runs, each of which loads its own images. Forms and
 # scales of the prompts are those of cpu.py and were not chosen for as many steps.
-_base_ = ['./cpu.py']
+_base_ = ['./cpu.py', './_base_/flowers5_224.py']
 
 note = (
     'Part of a study, begun with\n\n'
@@ -14,18 +14,7 @@ note = (
     'lines there are of 1e-3.\n'
     '[What came of it](../findings.md#longer-trainings).'
 )
-size = 224
-classify = dict(
-    seeds=[0, 1, 2],
-    steps=600,
-    few_steps=300,
-    cfg_options={
-        'train_dataloader.batch_size': 32,
-        'train_dataloader.dataset.pipeline.1.scale': size,
-        'val_dataloader.dataset.pipeline.1.scale': (size, size),
-        'test_dataloader.dataset.pipeline.1.scale': (size, size),
-    },
-)
+classify = dict(_base_.flowers5_224, seeds=[0, 1, 2], few_steps=300)
 dense = dict(
     seeds=[0, 1, 2],
     steps=3000,

@@ -1,11 +1,12 @@
-# What scale, width and drop rate of prompts do under corruption and attack and in other domains. The
-# test split here is two tenths of the training images, so that the block can be chosen by it.
+# What scale, width and drop rate of prompts do under corruption and attack and in other domains.
+# The test split here is two tenths of the training images, so that the block can be chosen by it.
 #     python tools/study.py configs/study/held_out.py --out docs/study/held-out
 _base_ = ['./ablation.py']
 note = (
     'The test images here are two tenths of the training images, not the test split: the scale of '
     'the prompts\nwas chosen by them. `inside-principal-drop0` is `inside-principal` once more: it '
-    'and `-drop0.2`\nran on another processor than the rest, so their "time" compares two.\n[What came of it](../findings.md).'
+    'and `-drop0.2`\nran on another processor than the rest, so their "time" compares two.\n'
+    '[What came of it](../findings.md).'
 )
 
 # The scales, and hidden channels left out at random.

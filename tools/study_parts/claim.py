@@ -20,28 +20,45 @@ def told(ahead: float, error: float) -> str:
     return f'{ahead:+.2f}' + ('' if math.isnan(error) else f' ± {error:.2f}')
 
 
-def together(found: dict[tuple, dict[str, dict]]) -> list[str]:
-    """Pro-tuning against every other method, over all places where both have all their runs."""
-    ahead = defaultdict(list)
+def is_rival(name: str, cell: dict) -> bool:
+    """Whether a method trains some of the backbone's parameters, and few enough."""
+    return name != 'pro-tuning' and 0 < share(cell) <= LIMIT
+
+
+def comparisons(found: dict[tuple, dict[str, dict]]) -> dict[str, dict[tuple, dict[int, float]]]:
+    """How far Pro-tuning is ahead of each other method, by place and seed.
+
+    Only where both have all their runs.
+    """
+    ahead = defaultdict(dict)
     for place, methods in found.items():
         ours = methods.get('pro-tuning')
         if ours is None or not ours['complete']:
             continue
         for name, cell in methods.items():
             if name != 'pro-tuning' and cell['complete']:
-                ahead[name].append((place, differences(ours, cell, hundredths(place[2]))))
+                ahead[name][place] = differences(ours, cell, hundredths(place[2]))
+    return ahead
+
+
+def wins(places: Iterable[dict[int, float]]) -> int:
+    """In how many places Pro-tuning is ahead."""
+    return sum(statistics.mean(by_seed.values()) > 0 for by_seed in places)
+
+
+def together(found: dict[tuple, dict[str, dict]]) -> list[str]:
+    """Pro-tuning against every other method, over all places where both have all their runs."""
     rows = []
-    for name, places in ahead.items():
+    for name, places in comparisons(found).items():
         first = {}
-        for (task, fraction, _), by_seed in places:
+        for (task, fraction, _), by_seed in places.items():
             first.setdefault((task, fraction), by_seed)  # The first metric comes first.
         mean_first, error_first = mean_and_error([*first.values()])
-        mean_all, error_all = mean_and_error([by_seed for _, by_seed in places])
-        largest = max(share(found[place][name]) for place, _ in places)
-        wins = sum(statistics.mean(by_seed.values()) > 0 for _, by_seed in places)
+        mean_all, error_all = mean_and_error([*places.values()])
+        largest = max(share(found[place][name]) for place in places)
         row = (
             f'| {name} | {largest:.1%} | {told(mean_first, error_first)} ({len(first)}) '
-            f'| {told(mean_all, error_all)} | {wins} of {len(places)} |'
+            f'| {told(mean_all, error_all)} | {wins(places.values())} of {len(places)} |'
         )
         rows.append((mean_first, row))
     if not rows:
@@ -75,10 +92,8 @@ def scenario_of(study: Study, place: tuple) -> str | None:
     """
     task, fraction, metric = place
     plan = study.tasks[task]
-    if metric in scenario_metrics(plan):
-        # '100 - mCE, severity 3', 'shifted, grey', 'fgsm, 0.25/255'
-        kind = metric.partition(',')[0]
-        return {'100 - mCE': 'corruption', 'shifted': 'other domains'}.get(kind, 'attacks')
+    if kind := scenario_metrics(plan).get(metric):
+        return kind
     if metric != plan['metrics'][0]:
         return None
     if 'long_tail' in plan:
@@ -106,21 +121,17 @@ def by_scenario(study: Study, found: dict[tuple, dict[str, dict]]) -> list[str]:
         kind = scenario_of(study, place)
         if kind and 'pro-tuning' in methods and methods['pro-tuning']['complete']:
             scenarios[kind].append(place)
-    rows = []
+    ahead, rows = comparisons(found), []
     for kind, places in scenarios.items():
         if not places:
             continue
         whole = {
-            name: [differences(found[place]['pro-tuning'], found[place][name], hundredths(place[2]))
-                   for place in places]
-            for name in found[places[0]]
-            if all(found[place].get(name, {}).get('complete') for place in places)
-        }  # fmt: skip
+            name: [by_place[place] for place in places]
+            for name, by_place in ahead.items()
+            if by_place.keys() >= set(places)
+        }
         small = [
-            name
-            for name in whole
-            if name not in ('pro-tuning', 'head-only')
-            and all(0 < share(found[place][name]) <= LIMIT for place in places)
+            name for name in whole if all(is_rival(name, found[place][name]) for place in places)
         ]
         rival = min(small, key=lambda name: mean_and_error(whole[name])[0], default=None)
         row = [kind, str(len(places))]
@@ -128,9 +139,7 @@ def by_scenario(study: Study, found: dict[tuple, dict[str, dict]]) -> list[str]:
             if name not in whole:
                 row.append('')
                 continue
-            ahead, error = mean_and_error(whole[name])
-            wins = sum(statistics.mean(by_seed.values()) > 0 for by_seed in whole[name])
-            row.append(f'{told(ahead, error)} ({wins})')
+            row.append(f'{told(*mean_and_error(whole[name]))} ({wins(whole[name])})')
         rows.append(f'| {" | ".join(row)} | {rival or "none"} |')
     if not rows:
         return []
@@ -163,14 +172,10 @@ def verdict(found: dict[tuple, dict[str, dict]], planned: Iterable[str] = ()) ->
         if ours is None or not all(cell['complete'] for cell in whole if cell is not None):
             continue
         unit = hundredths(metric)
-        small = {
-            name: cell
-            for name, cell in methods.items()
-            if name not in ('pro-tuning', 'head-only') and 0 < share(cell) <= LIMIT
-        }
+        small = {name: cell for name, cell in methods.items() if is_rival(name, cell)}
         partly = [name for name, cell in small.items() if not cell['complete']]
-        rivals = small.keys() - partly
-        rival = max(sorted(rivals), key=lambda name: small[name]['score'], default=None)
+        rivals = [name for name in small if name not in partly]
+        rival = max(rivals, key=lambda name: small[name]['score'], default=None)
         row = [f'{task}, {fraction:.0%}, {metric}', f'{unit * ours["score"]:.2f}']
         for other, margin in ((full, 0.0), (head, 1.0), (small.get(rival), 0.0)):
             if other is None:

@@ -13,16 +13,16 @@ from protune_mm.robustness import CORRUPTIONS, AttackLoop, after_loading, corrup
 from .plan import Run
 
 
-def scenario_metrics(task: dict) -> list[str]:
-    """Names of the scores under corruption and attack that a task asks for."""
+def scenario_metrics(task: dict) -> dict[str, str]:
+    """Names of the scores under corruption and attack that a task asks for, and what each is of."""
     wanted = task.get('scenarios', {})
-    names = [f'100 - mCE, severity {s}' for s in wanted.get('severities', ())]
-    names += [f'shifted, {name}' for name in wanted.get('shifts', ())]
-    return names + [
-        f'{attack}, {budget:g}/255'
+    names = {f'100 - mCE, severity {s}': 'corruption' for s in wanted.get('severities', ())}
+    names |= {f'shifted, {name}': 'other domains' for name in wanted.get('shifts', ())}
+    return names | {
+        f'{attack}, {budget:g}/255': 'attacks'
         for attack, budgets in wanted.get('attacks', {}).items()
         for budget in budgets
-    ]
+    }
 
 
 def scenario_scores(runner: Runner, cfg: Config, task: dict, run: Run) -> dict[str, float]:
