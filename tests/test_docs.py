@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, PARAM_SCHEDULERS, DefaultScope
 
 import protune_mm
 from protune_mm import stages
@@ -87,3 +87,43 @@ def test_links_and_paths_exist(path):
     for name in re.findall(r'`?((?:tools|configs|tests|docs|protune_mm)/[\w./-]+\.\w+)', text):
         if name != 'protune_mm/prompts/channel.py':  # Added by the diff of add_a_prompt.md.
             assert (ROOT / name).exists(), name
+
+
+def blocks(document, word):
+    """The Python of a document that has a word."""
+    text = (ROOT / 'docs' / document).read_text()
+    every = re.findall(r'^```python\n(.*?)^```', text, re.M | re.S)
+    found = [code for code in every if word in code]
+    assert found, (document, word)
+    return found
+
+
+def test_the_configs_of_the_guide_train_what_it_says(tmp_path):
+    (tmp_path / 'configs').symlink_to(ROOT / 'configs')
+    folder = tmp_path / 'mine'
+    folder.mkdir()
+    for i, code in enumerate(blocks('choosing.md', '_base_')):
+        path = folder / f'config{i}.py'
+        path.write_text(code)
+        cfg = protune_mm.load_config(path)
+        cfg.model.backbone.init_cfg = None
+        with DefaultScope.overwrite_default_scope(cfg.default_scope):
+            tuned = MODELS.build(cfg.model.backbone)
+            schedulers = cfg.param_scheduler
+            for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
+                assert PARAM_SCHEDULERS.get(scheduler['type']), scheduler
+        tuned(image())  # The first batch, which the start reads.
+        sum(o.mean() for o in flat(tuned(image()))).backward()
+        prompts = protune_mm.tuned_parameters(tuned)
+        assert len(prompts) == 17 * 6  # Blocks of MobileNetV2, three convolutions with biases.
+        assert all(p.grad is not None for p in prompts.values())
+
+
+def test_the_study_of_the_guide_loads(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+    from study_parts.plan import Study
+
+    (code,) = blocks('choosing.md', 'methods = ')
+    path = tmp_path / 'my_study.py'
+    path.write_text(code)
+    assert len(list(Study(str(path)).runs())) == 4 * 3 * 3
