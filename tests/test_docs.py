@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, PARAM_SCHEDULERS, DefaultScope
 
 import protune_mm
@@ -102,16 +103,26 @@ def test_the_configs_of_the_guide_train_what_it_says(tmp_path):
     (tmp_path / 'configs').symlink_to(ROOT / 'configs')
     folder = tmp_path / 'mine'
     folder.mkdir()
+    (warmup,) = blocks('choosing.md', 'PromptWarmup')
+    schedulers = {}
+    exec(warmup, schedulers)
     for i, code in enumerate(blocks('choosing.md', '_base_')):
         path = folder / f'config{i}.py'
         path.write_text(code)
         cfg = protune_mm.load_config(path)
-        cfg.model.backbone.init_cfg = None
+        assert cfg.runner_type == 'protune_mm.ProTuneRunner'
+        assert cfg.optim_wrapper.optimizer.type == 'AdamW'
+        # The weights are elsewhere; that they are asked for is what counts.
+        assert cfg.model.backbone.pop('init_cfg').checkpoint
+        cfg.model.backbone.require_weights = False
         with DefaultScope.overwrite_default_scope(cfg.default_scope):
             tuned = MODELS.build(cfg.model.backbone)
-            schedulers = cfg.param_scheduler
-            for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
-                assert PARAM_SCHEDULERS.get(scheduler['type']), scheduler
+            optimizer = build_optim_wrapper(
+                tuned,
+                {**cfg.optim_wrapper, 'constructor': 'protune_mm.ProTuneOptimWrapperConstructor'},
+            )
+        for scheduler in schedulers['param_scheduler']:
+            PARAM_SCHEDULERS.build({**scheduler, 'optimizer': optimizer})
         tuned(image())  # The first batch, which the start reads.
         sum(o.mean() for o in flat(tuned(image()))).backward()
         prompts = protune_mm.tuned_parameters(tuned)
