@@ -109,7 +109,6 @@ tasks = {
         fractions=[1.0],
         steps=1000,
         lrs=[1e-2, 3e-2, 6e-2],
-        full_lr_mult=0.01,
         options={'pro-tuning': dict(prompt=dict(hidden=10, scale=0.32))},
     ),
     'fruit': dict(fruit, fractions=[1.0, 0.25]),
