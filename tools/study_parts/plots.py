@@ -11,7 +11,9 @@ import matplotlib
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from .cells import hundredths, mean, step_time
 from .plan import METHODS
@@ -29,6 +31,15 @@ OTHERS = (
 
 MARKERS = 'sD^vP*X<>'
 
+
+def set_memory_scale(axis: Axes) -> None:
+    """A logarithmic scale in plain numbers, of which few stand, so that none meet."""
+    axis.set_xscale('log')
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(StrMethodFormatter('{x:g}'))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+
+
 AXES = (
     (
         'trained parameters in the backbone',
@@ -38,7 +49,7 @@ AXES = (
     (
         'MiB kept for backward',
         lambda runs: mean(runs, 'peak_memory') / 2**20,
-        lambda axis: axis.set_xscale('log'),
+        set_memory_scale,
     ),
     (
         'milliseconds of a step',
