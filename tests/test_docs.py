@@ -137,4 +137,4 @@ def test_the_study_of_the_guide_loads(tmp_path, monkeypatch):
     (code,) = blocks('choosing.md', 'methods = ')
     path = tmp_path / 'my_study.py'
     path.write_text(code)
-    assert len(list(Study(str(path)).runs())) == 4 * 3 * 3
+    assert len(Study(str(path)).runs()) == 4 * 3 * 3

@@ -153,17 +153,19 @@ tasks['camvid-drop'] = dict(
     fractions=[0.2, 1.0],
     lrs=[3e-2],
     methods=drops[::2],
-    options={name: dict(prompt=dict(hidden=10, scale=0.32)) for name in drops[::2]},
+    options={name: dict(prompt=_base_.camvid_prompt) for name in drops[::2]},
 )
 # With the optimizer of most stock configs in place of AdamW.
-sgd = {f'optim_wrapper.optimizer.{key}': value for key, value in dict(
-    type='SGD', momentum=0.9, weight_decay=1e-4,
-).items()}  # fmt: skip
 tasks['flowers5-sgd'] = dict(
     tasks['flowers5-more-validation'],
     few_steps=300,
     lrs=[1e-3, 3e-3, 1e-2, 3e-2],
     methods=[*ends, 'stages', 'stages-principal-linear', 'inside-principal'],
+    cfg_options={
+        **tasks['flowers5-more-validation']['cfg_options'],
+        'optim_wrapper.optimizer.type': 'SGD',
+        'optim_wrapper.optimizer.momentum': 0.9,
+        'optim_wrapper.optimizer.weight_decay': 1e-4,
+    },
 )
-tasks['flowers5-sgd']['cfg_options'] = {**tasks['flowers5-sgd']['cfg_options'], **sgd}
 del hidden, scale, alpha, rate, prompt
