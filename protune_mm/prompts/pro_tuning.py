@@ -11,6 +11,7 @@ from mmengine.model import BaseModule, kaiming_init
 from torch import Tensor, nn
 
 from ..lean.derived import tracing
+from ..lean.functions import FrozenConv2d
 from ..lean.layers import compute_dtype, keeps, without_casts
 from ..lean.rebuild import Kept, Rebuilding, Recipe, hooked
 from ..ops.depthwise import depthwise
@@ -49,12 +50,16 @@ class ProTuningBlock(BaseModule):
             convolution (``nn.Dropout2d``): of each image, and apart from it of a class token that
             is prompted. Above 0 what the last convolution reads is kept for backward, one hidden
             map, also where ``lean`` would compute it again. Default 0.
+        train_down: train the first convolution. False: it stays as it starts, as the first matrix
+            of LoRA does in LoRA-FA (arXiv 2308.03303). Its weights are buffers then, in checkpoints
+            under the same names, and the map that the block reads is not kept for backward. For
+            ``init_mode='principal'``, whose start is no random one. Default True.
 
     Raises:
         ValueError: ``ratio`` leaves no channel, ``hidden`` is below 1, ``kernel_size`` is even,
             ``drop_rate`` is not from 0 to below 1, ``init_mode`` is unknown, or ``'principal'``
             where the last convolution does not start at zero.
-        TypeError: an option that should be a number is none.
+        TypeError: an option that should be a number is none, or ``train_down`` no bool.
 
     Shape: ``(B, C, H, W) -> (B, C, H, W)``, any H and W from 1 on.
 
@@ -67,7 +72,7 @@ class ProTuningBlock(BaseModule):
     """
 
     lean = True
-    training_only = ('zero_init', 'init_mode', 'drop_rate')
+    training_only = ('zero_init', 'init_mode', 'drop_rate', 'train_down')
 
     def __init__(
         self,
@@ -83,6 +88,7 @@ class ProTuningBlock(BaseModule):
         hidden: int | None = None,
         init_mode: str = 'fan_out',
         drop_rate: float = 0.0,
+        train_down: bool = True,
     ) -> None:
         super().__init__()
         given = dict(
@@ -95,6 +101,8 @@ class ProTuningBlock(BaseModule):
             if isinstance(value, bool) or not isinstance(value, int | float):
                 hint = " and not 'root'" if name == 'scale' else ''
                 raise TypeError(f'{name}={value!r} is no number{hint}')
+        if not isinstance(train_down, bool):
+            raise TypeError(f'train_down={train_down!r} is neither True nor False')
         if hidden is not None and (type(hidden) is not int or hidden < 1):
             raise ValueError(f'hidden={hidden!r} is no number of channels: use 1 or more')
         if hidden is None and (ratio <= 0 or int(channels / ratio) < 1):
@@ -116,7 +124,7 @@ class ProTuningBlock(BaseModule):
         self.zero_init, self.init_mode = zero_init, init_mode
         # A normalization right after a convolution makes its bias redundant.
         bias = norm_cfg is None
-        self.down = nn.Conv2d(channels, hidden, 1, bias=bias)
+        self.down = (nn.Conv2d if train_down else FixedConv2d)(channels, hidden, 1, bias=bias)
         self.norm1 = build_norm_layer(norm_cfg, hidden)[1] if norm_cfg else nn.Identity()
         self.act1 = build_activation_layer(act_cfg) if act_cfg else nn.Identity()
         self.spatial = (DepthwiseConv2d if depthwise else nn.Conv2d)(
@@ -163,7 +171,10 @@ class ProTuningBlock(BaseModule):
         """Return the prompt for ``x``, scale included, without adding it to ``x``."""
         if self.waits and self.training:
             self.start_from(x)
-        prompt = self._activated(self.down(x), self.norm1, self.act1, self.spatial)
+        down = self.down
+        if self.lean and isinstance(down, FixedConv2d):
+            down = down.without_input
+        prompt = self._activated(down(x), self.norm1, self.act1, self.spatial)
         prompt = self._activated(prompt, self.norm2, self.act2, self._up)
         if isinstance(self.scale, nn.Parameter) or self.scale != 1.0:
             prompt = prompt * self.scale
@@ -195,8 +206,9 @@ class ProTuningBlock(BaseModule):
         with torch.autocast(x.device.type, enabled=False):
             self._project_on_principal(some_pixels(x.detach()))
         # Each process has a batch of its own.
-        for parameter in (*self.down.parameters(), *self.spatial.parameters()):
-            broadcast(parameter)
+        for conv in (self.down, self.spatial):
+            for tensor in (*conv.parameters(), *conv.buffers()):
+                broadcast(tensor)
 
     def _project_on_principal(self, pixels: Tensor) -> None:
         """Start from pixels (N, C), of which some differ."""
@@ -235,6 +247,29 @@ class ProTuningBlock(BaseModule):
             out = conv(active)
             saved.let_go(active)
         return out
+
+
+class FixedConv2d(nn.Conv2d):
+    """Convolution that is set once and never trained: its weight and bias are buffers.
+
+    Shape: as of :class:`torch.nn.Conv2d`.
+    """
+
+    def __init__(self, *args: object, **options: object) -> None:
+        super().__init__(*args, **options)
+        for name, value in list(self._parameters.items()):
+            delattr(self, name)
+            self.register_buffer(name, None if value is None else value.detach())
+
+    def without_input(self, x: Tensor) -> Tensor:
+        """Apply it, and keep its weight alone for backward."""
+        if not keeps(x) or tracing() or hooked():
+            return self(x)
+        dtype = compute_dtype(x)
+        x, weight, bias = (None if t is None else t.to(dtype) for t in (x, self.weight, self.bias))
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        with without_casts(x):
+            return FrozenConv2d.apply(x, weight, bias, geometry)
 
 
 class DepthwiseConv2d(nn.Conv2d):
