@@ -1,4 +1,4 @@
-"""train_down=False: the first convolution is set once, never trained, and costs no kept map."""
+"""fixed_down=True: the first convolution is set once, never trained, and costs no kept map."""
 
 import copy
 
@@ -20,7 +20,7 @@ def both(channels=8, **options):
     """A block with a fixed first convolution, and one of the same weights that trains it."""
     torch.manual_seed(0)
     trained = ProTuningBlock(channels, hidden=4, zero_init=False, **options)
-    fixed = ProTuningBlock(channels, hidden=4, zero_init=False, train_down=False, **options)
+    fixed = ProTuningBlock(channels, hidden=4, zero_init=False, fixed_down=True, **options)
     assert not fixed.load_state_dict(trained.state_dict()).missing_keys
     return fixed.train(), trained.train()
 
@@ -87,9 +87,9 @@ def test_in_half_precision():
 
 def test_starts_from_the_first_batch_like_the_trained_one():
     starts = []
-    for train_down in (True, False):
+    for fixed_down in (False, True):
         torch.manual_seed(0)
-        block = ProTuningBlock(8, hidden=4, init_mode='principal', train_down=train_down).train()
+        block = ProTuningBlock(8, hidden=4, init_mode='principal', fixed_down=fixed_down).train()
         torch.manual_seed(1)
         assert not block(torch.randn(4, 8, 5, 5) * torch.arange(1, 9).view(8, 1, 1)).any()
         starts.append(block.state_dict())
@@ -101,7 +101,7 @@ def test_starts_from_the_first_batch_like_the_trained_one():
 @pytest.mark.parametrize('stages', [None, 'inside'])
 def test_a_backbone_trains_the_rest_and_its_file_holds_it(stages, tmp_path):
     options = dict(
-        stages=stages, prompt=dict(init_mode='principal', act_cfg=None, train_down=False)
+        stages=stages, prompt=dict(init_mode='principal', act_cfg=None, fixed_down=True)
     )
 
     def build():
@@ -139,30 +139,30 @@ def test_a_backbone_trains_the_rest_and_its_file_holds_it(stages, tmp_path):
 
 def test_prompts_inside_blocks_keep_a_fraction():
     kept = {}
-    for train_down in (True, False):
+    for fixed_down in (False, True):
         torch.manual_seed(0)
-        prompt = dict(hidden=8, init_mode='principal', act_cfg=None, train_down=train_down)
+        prompt = dict(hidden=8, init_mode='principal', act_cfg=None, fixed_down=fixed_down)
         tuned = protune_mm.protune(
             MODELS.build(dict(type='mmpretrain.MobileNetV2')), stages='inside', prompt=prompt
         )
         tuned.train()
         x = torch.randn(2, 3, 64, 64)
         tuned(x)
-        kept[train_down] = kept_bytes(lambda tuned=tuned, x=x: tuned(x))
-    assert kept[False] < kept[True] / 2
+        kept[fixed_down] = kept_bytes(lambda tuned=tuned, x=x: tuned(x))
+    assert kept[True] < kept[False] / 2
 
 
 def test_where_the_automatic_width_counts_what_trains():
     counts = {}
-    for train_down in (True, False):
-        prompt = dict(init_mode='principal', act_cfg=None, train_down=train_down)
+    for fixed_down in (False, True):
+        prompt = dict(init_mode='principal', act_cfg=None, fixed_down=fixed_down)
         stock = MODELS.build(dict(type='mmpretrain.MobileNetV2'))
         size = sum(p.numel() for p in stock.parameters())
         tuned = protune_mm.protune(stock, stages='inside', prompt=prompt)
         trains = sum(p.numel() for p in protune_mm.tuned_parameters(tuned).values())
         assert trains <= 0.08 * size
-        counts[train_down] = sum(block.down.out_channels for block in prompts(tuned).values())
-    assert counts[False] > 1.5 * counts[True]
+        counts[fixed_down] = sum(block.down.out_channels for block in prompts(tuned).values())
+    assert counts[True] > 1.5 * counts[False]
 
 
 def test_gradients_of_gradients():
@@ -173,5 +173,5 @@ def test_gradients_of_gradients():
 
 @pytest.mark.parametrize('value', [None, 0, 'no'])
 def test_what_is_neither_true_nor_false_is_an_error(value):
-    with pytest.raises(TypeError, match=f'train_down={value!r} is neither True nor False'):
-        ProTuningBlock(16, train_down=value)
+    with pytest.raises(TypeError, match=f'fixed_down={value!r} is neither True nor False'):
+        ProTuningBlock(16, fixed_down=value)

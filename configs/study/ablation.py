@@ -89,6 +89,13 @@ for rate in (0.0, 0.1, 0.2, 0.4):
     drops.append(f'inside-principal-drop{rate:g}')
     prompt = dict(_base_.principal.prompt, drop_rate=rate)
     variants[drops[-1]] = dict(_base_.principal, prompt=prompt)
+# The first convolution stays as it starts: twice the hidden channels for as many that train, at one
+# over the root of two of the scale, and at the same one.
+fixed = dict(_base_.principal.prompt, fixed_down=True)
+variants['inside-fixed'] = dict(_base_.principal, prompt=dict(fixed, scale=0.7))
+variants['inside-fixed-scale1'] = dict(_base_.principal, prompt=fixed)
+variants['inside-fixed-hidden20'] = dict(_base_.principal, prompt=dict(fixed, hidden=20))
+fixes = ['inside-fixed', 'inside-fixed-scale1']
 ends = ['full', 'head-only']  # To see how far the block has come.
 # The defaults and what may replace them, and what the neck and head receive.
 defaults = ['stages', 'stages-principal', 'stages-principal-linear', 'stages-plain']
@@ -97,7 +104,7 @@ first = [
     'blocks-hidden48', 'blocks-hidden48-fan-in', 'norm-gelu', 'norm-linear', 'norm-relu',
     'norm-kernel3', 'norm-kernel7', 'norm-dense', 'norm-scale', 'norm-random', 'norm-rate0.3',
 ]  # fmt: skip
-apart = {'stages-plain', *first, *scales[1:], vit[1], *drops}
+apart = {'stages-plain', *first, *scales[1:], vit[1], *drops, *fixes, 'inside-fixed-hidden20'}
 methods = [*ends, *(name for name in variants if name not in apart), *first]
 
 flowers5 = _base_.tasks.flowers5
@@ -154,6 +161,29 @@ tasks['camvid-drop'] = dict(
     lrs=[3e-2],
     methods=drops[::2],
     options={name: dict(prompt=_base_.camvid_prompt) for name in drops[::2]},
+)
+tasks['flowers5-fixed'] = dict(tasks['flowers5-drop'], methods=fixes)
+tasks['camvid-fixed'] = dict(
+    tasks['camvid-drop'],
+    methods=['inside-fixed', 'inside-fixed-hidden20'],
+    options={
+        name: dict(prompt=dict(scale=0.22)) for name in ('inside-fixed', 'inside-fixed-hidden20')
+    },
+)
+# Detection with few labels, 50 images, and 144 to choose by in place of 40.
+tasks['fruit-more-validation'] = dict(
+    fruit,
+    fractions=[0.52],
+    seeds=_base_.seeds,
+    lrs=[1e-3, 2e-3],
+    methods=['full', 'inside-principal', 'inside-fixed'],
+    cfg_options={
+        **fruit['cfg_options'],
+        'train_dataloader.dataset.indices': [i for i in range(240) if i % 5 < 2],
+        'val_dataloader.dataset.indices': [i for i in range(240) if i % 5 >= 2],
+        # As in flowers5: no test score is shown.
+        'test_dataloader.dataset.indices': list(range(0, 60, 20)),
+    },
 )
 # With the optimizer of most stock configs in place of AdamW.
 tasks['flowers5-sgd'] = dict(

@@ -4,13 +4,14 @@
 _base_ = ['./ablation.py']
 note = (
     'The test images here are two tenths of the training images, not the test split: the scale of '
-    'the prompts\nwas chosen by them. `inside-principal-drop0` is `inside-principal` once more: it '
-    'and `-drop0.2`\nran on another processor than the rest, so their "time" compares two.\n'
+    'the prompts\nwas chosen by them. `inside-principal-drop0` is `inside-principal` once more: it, '
+    '`-drop0.2` and\n`inside-fixed` ran on another processor than the rest, so their "time" compares '
+    'two.\n'
     '[What came of it](../findings.md).'
 )
 
-# The scales, and hidden channels left out at random.
-methods = ['full', *_base_.scales, *_base_.drops[::2]]
+# The scales, hidden channels left out at random, and first convolutions that stay as they start.
+methods = ['full', *_base_.scales, *_base_.drops[::2], *_base_.fixes]
 tasks = {
     '_delete_': True,
     'flowers5-held-out': dict(

@@ -50,16 +50,16 @@ class ProTuningBlock(BaseModule):
             convolution (``nn.Dropout2d``): of each image, and apart from it of a class token that
             is prompted. Above 0 what the last convolution reads is kept for backward, one hidden
             map, also where ``lean`` would compute it again. Default 0.
-        train_down: train the first convolution. False: it stays as it starts, as the first matrix
-            of LoRA does in LoRA-FA (arXiv 2308.03303). Its weights are buffers then, in checkpoints
-            under the same names, and the map that the block reads is not kept for backward. For
-            ``init_mode='principal'``, whose start is no random one. Default True.
+        fixed_down: leave the first convolution as it starts, as LoRA-FA (arXiv 2308.03303) does
+            with the first matrix of LoRA. Its weights are buffers then, in checkpoints under the
+            same names, and the map that the block reads is not kept for backward. For
+            ``init_mode='principal'``, whose start is no random one. Default False.
 
     Raises:
         ValueError: ``ratio`` leaves no channel, ``hidden`` is below 1, ``kernel_size`` is even,
             ``drop_rate`` is not from 0 to below 1, ``init_mode`` is unknown, or ``'principal'``
             where the last convolution does not start at zero.
-        TypeError: an option that should be a number is none, or ``train_down`` no bool.
+        TypeError: an option that should be a number is none, or ``fixed_down`` no bool.
 
     Shape: ``(B, C, H, W) -> (B, C, H, W)``, any H and W from 1 on.
 
@@ -72,7 +72,7 @@ class ProTuningBlock(BaseModule):
     """
 
     lean = True
-    training_only = ('zero_init', 'init_mode', 'drop_rate', 'train_down')
+    training_only = ('zero_init', 'init_mode', 'drop_rate', 'fixed_down')
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class ProTuningBlock(BaseModule):
         hidden: int | None = None,
         init_mode: str = 'fan_out',
         drop_rate: float = 0.0,
-        train_down: bool = True,
+        fixed_down: bool = False,
     ) -> None:
         super().__init__()
         given = dict(
@@ -101,8 +101,8 @@ class ProTuningBlock(BaseModule):
             if isinstance(value, bool) or not isinstance(value, int | float):
                 hint = " and not 'root'" if name == 'scale' else ''
                 raise TypeError(f'{name}={value!r} is no number{hint}')
-        if not isinstance(train_down, bool):
-            raise TypeError(f'train_down={train_down!r} is neither True nor False')
+        if not isinstance(fixed_down, bool):
+            raise TypeError(f'fixed_down={fixed_down!r} is neither True nor False')
         if hidden is not None and (type(hidden) is not int or hidden < 1):
             raise ValueError(f'hidden={hidden!r} is no number of channels: use 1 or more')
         if hidden is None and (ratio <= 0 or int(channels / ratio) < 1):
@@ -124,7 +124,7 @@ class ProTuningBlock(BaseModule):
         self.zero_init, self.init_mode = zero_init, init_mode
         # A normalization right after a convolution makes its bias redundant.
         bias = norm_cfg is None
-        self.down = (nn.Conv2d if train_down else FixedConv2d)(channels, hidden, 1, bias=bias)
+        self.down = (FixedConv2d if fixed_down else nn.Conv2d)(channels, hidden, 1, bias=bias)
         self.norm1 = build_norm_layer(norm_cfg, hidden)[1] if norm_cfg else nn.Identity()
         self.act1 = build_activation_layer(act_cfg) if act_cfg else nn.Identity()
         self.spatial = (DepthwiseConv2d if depthwise else nn.Conv2d)(
