@@ -100,9 +100,7 @@ def test_starts_from_the_first_batch_like_the_trained_one():
 
 @pytest.mark.parametrize('stages', [None, 'inside'])
 def test_a_backbone_trains_the_rest_and_its_file_holds_it(stages, tmp_path):
-    options = dict(
-        stages=stages, prompt=dict(init_mode='principal', act_cfg=None, fixed_down=True)
-    )
+    options = dict(stages=stages, prompt=dict(init_mode='principal', act_cfg=None, fixed_down=True))
 
     def build():
         torch.manual_seed(0)
