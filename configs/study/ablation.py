@@ -170,6 +170,28 @@ tasks['camvid-fixed'] = dict(
         name: dict(prompt=dict(scale=0.22)) for name in ('inside-fixed', 'inside-fixed-hidden20')
     },
 )
+# In the other networks as wide as the study has them, and twice as wide.
+wide = ['inside-fixed', 'inside-fixed-wide']
+variants[wide[1]] = variants[wide[0]]
+tasks['flowers5-vit-fixed'] = dict(
+    tasks['flowers5-vit-scale'],
+    lrs=[1e-3],
+    methods=wide,
+    options={
+        wide[0]: dict(prompt=dict(hidden=48, scale=0.14)),
+        wide[1]: dict(prompt=dict(hidden=96, scale=0.1)),
+    },
+)
+tasks['camvid-r18-fixed'] = dict(
+    {key: value for key, value in _base_.tasks['camvid-r18'].items() if key != 'scenarios'},
+    seeds=_base_.seeds,
+    lrs=[3e-2],
+    methods=wide,
+    options={
+        wide[0]: dict(prompt=dict(hidden=96, scale=0.1)),
+        wide[1]: dict(prompt=dict(hidden=192, scale=0.07)),
+    },
+)
 # Detection with few labels, 50 images, and 144 to choose by in place of 40.
 tasks['fruit-more-validation'] = dict(
     fruit,
