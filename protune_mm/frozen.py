@@ -548,7 +548,9 @@ def _after_load(module: nn.Module, incompatible: Any) -> None:
         missing -= frozen
     loads.note([name for name, _ in frozen_tensors(module)], missing, incompatible.unexpected_keys)
     if mine and missing.issuperset(mine):
-        keep = [key for key in incompatible.missing_keys if key not in set(mine)]
+        # With their buffers: statistics of a norm, or a first convolution that is not trained.
+        whose = tuple(f'{loads.prefix}{path}.' for path in prompts(module))
+        keep = [key for key in incompatible.missing_keys if not key.startswith(whose)]
         incompatible.missing_keys[:] = keep
         print_log(
             f'{type(module).__name__}: the loaded weights hold no prompts; the prompts keep their '

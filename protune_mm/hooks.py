@@ -18,9 +18,11 @@ from .frozen import (
     frozen_tensors,
     is_teacher,
     prompt_parameters,
+    prompts,
     unwrapped,
 )
 from .identity import digest
+from .prompts.pro_tuning import FixedConv2d
 from .registry import HOOKS
 from .report import parameter_line
 
@@ -52,6 +54,7 @@ class FrozenGuardHook(Hook):
         for backbone in backbones(model).values():
             if not backbone._protune.loads.checked:
                 check_weights(backbone)
+        self._check_teachers(model, runner.hooks)
         self._check_modes(model)
         for name, tensor in _guarded_tensors(model):
             if tensor.requires_grad:
@@ -107,6 +110,18 @@ class FrozenGuardHook(Hook):
     def _check_cheaply(self, model: nn.Module) -> None:
         self._check_modes(model)
         self._check_versions(model)
+
+    @staticmethod
+    def _check_teachers(model: nn.Module, hooks: list[Hook]) -> None:
+        # MeanTeacherHook of mmdet: what starts from the student's first batch stays the teacher's.
+        if not any(getattr(hook, 'skip_buffers', False) for hook in hooks):
+            return
+        for name, prompt in prompts(model).items():
+            if isinstance(getattr(prompt, 'down', None), FixedConv2d):
+                raise ValueError(
+                    f"'{name}' has fixed_down=True, whose first convolution is a buffer, and "
+                    'MeanTeacherHook averages parameters only: use fixed_down=False'
+                )
 
     def _check_modes(self, model: nn.Module) -> None:
         knowing = {id(m) for backbone in backbones(model).values() for m in forks(backbone)}

@@ -4,13 +4,15 @@ import copy
 
 import pytest
 import torch
+from mmdet.engine.hooks import MeanTeacherHook
 from mmengine.registry import MODELS
 
 import protune_mm
 from protune_mm.checkpoints import tuned_state_dict
 from protune_mm.frozen import frozen_tensors, prompts
+from protune_mm.hooks import FrozenGuardHook
 from protune_mm.lean.memory import kept_bytes
-from protune_mm.prompts import ProTuningBlock
+from protune_mm.prompts import ProTuningBlock, pro_tuning
 
 GROUP = dict(norm_cfg=dict(type='GN', num_groups=1))
 forms = pytest.mark.parametrize('options', [{}, GROUP, dict(act_cfg=None), dict(depthwise=False)])
@@ -161,6 +163,54 @@ def test_where_the_automatic_width_counts_what_trains():
         assert trains <= 0.08 * size
         counts[fixed_down] = sum(block.down.out_channels for block in prompts(tuned).values())
     assert counts[True] > 1.5 * counts[False]
+
+
+@pytest.mark.parametrize('norm_cfg', [None, dict(type='BN')])
+def test_stock_weights_still_load_strictly(norm_cfg):
+    stock = MODELS.build(dict(type='mmpretrain.ResNet', depth=18))
+    tuned = protune_mm.protune(
+        MODELS.build(dict(type='mmpretrain.ResNet', depth=18)),
+        prompt=dict(hidden=4, fixed_down=True, norm_cfg=norm_cfg),
+    )
+    tuned.load_state_dict(stock.state_dict())
+
+
+def test_a_batch_that_shows_too_little_is_told(monkeypatch):
+    told = []
+    monkeypatch.setattr(pro_tuning, 'print_log', lambda message, **_: told.append(message))
+    options = dict(hidden=4, init_mode='principal', fixed_down=True)
+    ProTuningBlock(8, **options).train()(torch.randn(4, 8, 3, 3))
+    assert not told
+    block = ProTuningBlock(8, **options).train()
+    block(torch.zeros(2, 8, 3, 3))
+    assert 'shows 0 directions for the 4 hidden channels' in told[0]
+    assert torch.isfinite(block.down.weight).all()
+
+
+def test_a_mean_teacher_would_keep_another_one():
+    tuned = protune_mm.protune(
+        MODELS.build(dict(type='mmpretrain.ResNet', depth=18)), prompt=dict(fixed_down=True)
+    )
+    hook = MeanTeacherHook()
+    with pytest.raises(ValueError, match='MeanTeacherHook averages parameters only'):
+        FrozenGuardHook._check_teachers(tuned, [hook])
+    FrozenGuardHook._check_teachers(tuned, [MeanTeacherHook(skip_buffer=False)])
+    protune_mm.protune(stock := MODELS.build(dict(type='mmpretrain.ResNet', depth=18)))
+    FrozenGuardHook._check_teachers(stock, [hook])
+
+
+def test_large_maps_in_float32():
+    # oneDNN multiplies these.
+    fixed, trained = both(channels=64)
+    x = torch.randn(4, 64, 128, 128).to(memory_format=torch.channels_last)
+    outs = []
+    for block in (fixed, trained):
+        y = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        out = block(y)
+        out.square().mean().backward()
+        outs.append((out, y.grad, block.up.weight.grad))
+    for a, b in zip(*outs, strict=True):
+        assert (a - b).abs().max() <= 1e-4 * b.abs().max()  # float32
 
 
 def test_gradients_of_gradients():

@@ -204,3 +204,7 @@ def test_prompts_that_wait_for_data_start_at_random(caplog):
     caplog.clear()
     strategy._start_without_data(model)
     assert not caplog.text
+    fixed = MODELS.build(dict(type='mmpretrain.ResNet', depth=18))
+    protune_mm.protune(fixed, prompt=dict(hidden=4, init_mode='principal', fixed_down=True))
+    with pytest.raises(ValueError, match='would leave its first convolution random'):
+        strategy._start_without_data(fixed)

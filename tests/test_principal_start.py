@@ -155,7 +155,7 @@ from protune_mm.prompts.pro_tuning import some_pixels
 dist.init_process_group('gloo')
 rank = dist.get_rank()
 torch.manual_seed(rank)
-prompt = ProTuningBlock(6, hidden=2, init_mode='principal').train()
+prompt = ProTuningBlock(6, hidden=2, init_mode='principal', fixed_down=FIXED).train()
 prompt.to(memory_format=torch.channels_last)  # The weights are not contiguous then.
 x = torch.randn(2, 6, 4, 4)
 alone = ProTuningBlock(6, hidden=2, init_mode='principal')
@@ -171,9 +171,10 @@ dist.destroy_process_group()
 """
 
 
-def test_all_processes_start_as_the_first(tmp_path):
+@pytest.mark.parametrize('fixed', [False, True])
+def test_all_processes_start_as_the_first(tmp_path, fixed):
     script = tmp_path / 'two.py'
-    script.write_text(TWO)
+    script.write_text(TWO.replace('FIXED', str(fixed)))
     env = environment(PYTHONPATH=str(ROOT))
     command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2',
                f'--master_port={env["PORT"]}', str(script)]  # fmt: skip

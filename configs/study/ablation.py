@@ -175,7 +175,7 @@ wide = ['inside-fixed', 'inside-fixed-wide']
 variants[wide[1]] = variants[wide[0]]
 tasks['flowers5-vit-fixed'] = dict(
     tasks['flowers5-vit-scale'],
-    lrs=[1e-3],
+    lrs=[1e-3, 3e-3],
     methods=wide,
     options={
         wide[0]: dict(prompt=dict(hidden=48, scale=0.14)),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import torch
 from mmcv.cnn import build_activation_layer, build_norm_layer
 from mmengine.dist import broadcast
+from mmengine.logging import print_log
 from mmengine.model import BaseModule, kaiming_init
 from torch import Tensor, nn
 
@@ -52,8 +54,9 @@ class ProTuningBlock(BaseModule):
             map, also where ``lean`` would compute it again. Default 0.
         fixed_down: leave the first convolution as it starts, as LoRA-FA (arXiv 2308.03303) does
             with the first matrix of LoRA. Its weights are buffers then, in checkpoints under the
-            same names, and the map that the block reads is not kept for backward. For
-            ``init_mode='principal'``, whose start is no random one. Default False.
+            same names, and, where ``lean``, the map that the block reads is not kept for backward.
+            For ``init_mode='principal'``, whose start is no random one: one batch decides then, and
+            a warning says so if it shows too little. Default False.
 
     Raises:
         ValueError: ``ratio`` leaves no channel, ``hidden`` is below 1, ``kernel_size`` is even,
@@ -67,7 +70,8 @@ class ProTuningBlock(BaseModule):
         lean: compute normalization and activation again in backward instead of keeping their
             output. Set by :func:`protune_mm.protune`.
         training_only: options that choose how it starts and trains, not what it computes in
-            evaluation; a checkpoint does not ask for the same.
+            evaluation; a checkpoint does not ask for the same. (The width that the library chooses
+            is another one with ``fixed_down``: name it where you change that.)
         waits: the next training batch decides how it starts.
     """
 
@@ -204,18 +208,25 @@ class ProTuningBlock(BaseModule):
         if self.up.weight.any() or self.up.bias.any():
             return
         with torch.autocast(x.device.type, enabled=False):
-            self._project_on_principal(some_pixels(x.detach()))
+            found = self._project_on_principal(some_pixels(x.detach()))
+        if isinstance(self.down, FixedConv2d) and found < self.down.out_channels:
+            print_log(
+                f'fixed_down=True: the first training batch shows {found} directions for the '
+                f'{self.down.out_channels} hidden channels of a prompt; the other ones stay random',
+                logger='current',
+                level=logging.WARNING,
+            )
         # Each process has a batch of its own.
         for conv in (self.down, self.spatial):
             for tensor in (*conv.parameters(), *conv.buffers()):
                 broadcast(tensor)
 
-    def _project_on_principal(self, pixels: Tensor) -> None:
-        """Start from pixels (N, C), of which some differ."""
+    def _project_on_principal(self, pixels: Tensor) -> int:
+        """Start from pixels (N, C), of which some differ; return how many directions they show."""
         count = len(pixels)
         mean = pixels.mean(0)
         if not torch.isfinite(mean).all() or torch.equal(pixels, mean.expand_as(pixels)):
-            return  # Nothing differs: the random start is as good.
+            return 0  # Nothing differs: the random start is as good.
         _, sizes, directions = torch.linalg.svd(pixels - mean, full_matrices=False)
         hidden = self.down.out_channels
         found = min(hidden, int((sizes > 1e-4 * sizes[0]).sum()))
@@ -228,6 +239,7 @@ class ProTuningBlock(BaseModule):
         if self.down.bias is not None:
             self.down.bias.copy_(-weight @ mean)
         nn.init.dirac_(self.spatial.weight, groups=self.spatial.groups)
+        return found
 
     def _activated(
         self, x: Tensor, norm: nn.Module, act: nn.Module, conv: Callable[[Tensor], Tensor]
