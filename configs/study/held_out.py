@@ -5,7 +5,7 @@ _base_ = ['./ablation.py']
 note = (
     'The test images here are two tenths of the training images, not the test split: the scale of '
     'the prompts\nwas chosen by them. `inside-principal-drop0` is `inside-principal` once more: it, '
-    '`-drop0.2` and\n`inside-fixed` ran on another processor than the rest, so their "time" compares '
+    '`-drop0.2` and\nthose with `fixed` ran on another processor than the rest, so their "time" compares '
     'two.\n'
     '[What came of it](../findings.md).'
 )
