@@ -22,7 +22,7 @@ from .frozen import (
     unwrapped,
 )
 from .identity import digest
-from .prompts.pro_tuning import FixedConv2d
+from .prompts.pro_tuning import has_fixed_layer
 from .registry import HOOKS
 from .report import parameter_line
 
@@ -117,7 +117,7 @@ class FrozenGuardHook(Hook):
         if not any(getattr(hook, 'skip_buffers', False) for hook in hooks):
             return
         for name, prompt in prompts(model).items():
-            if isinstance(getattr(prompt, 'down', None), FixedConv2d):
+            if has_fixed_layer(prompt):
                 raise ValueError(
                     f"'{name}' has fixed_down=True, whose first convolution is a buffer, and "
                     'MeanTeacherHook averages parameters only: use fixed_down=False'

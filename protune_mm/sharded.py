@@ -48,7 +48,7 @@ from .frozen import (
 from .hooks import FiniteLossHook
 from .identity import KEY, fingerprint, identifying
 from .optim import wrap_constructor
-from .prompts.pro_tuning import FixedConv2d
+from .prompts.pro_tuning import has_fixed_layer
 from .registry import HOOKS, RUNNERS, STRATEGIES
 from .report import parameter_line
 from .resume import ExactResumeHook, PreemptionHook, unsignalled
@@ -152,7 +152,7 @@ class ProTuneFSDPStrategy(FSDPStrategy):
     def _start_without_data(self, model: nn.Module) -> None:
         """What a forward pass writes into weights that FSDP has gathered is lost after it."""
         waiting = [prompt for prompt in prompts(model).values() if getattr(prompt, 'waits', False)]
-        if any(isinstance(getattr(prompt, 'down', None), FixedConv2d) for prompt in waiting):
+        if any(has_fixed_layer(prompt) for prompt in waiting):
             raise ValueError(
                 "prompt.init_mode='principal' cannot start from data under FSDP, and "
                 'prompt.fixed_down=True would leave its first convolution random: use '

@@ -96,6 +96,7 @@ variants['inside-fixed'] = dict(_base_.principal, prompt=dict(fixed, scale=0.7))
 variants['inside-fixed-scale1'] = dict(_base_.principal, prompt=fixed)
 variants['inside-fixed-hidden20'] = dict(_base_.principal, prompt=dict(fixed, hidden=20))
 fixes = ['inside-fixed', 'inside-fixed-scale1']
+fixes_camvid = ['inside-fixed', 'inside-fixed-hidden20']
 ends = ['full', 'head-only']  # To see how far the block has come.
 # The defaults and what may replace them, and what the neck and head receive.
 defaults = ['stages', 'stages-principal', 'stages-principal-linear', 'stages-plain']
@@ -104,13 +105,13 @@ first = [
     'blocks-hidden48', 'blocks-hidden48-fan-in', 'norm-gelu', 'norm-linear', 'norm-relu',
     'norm-kernel3', 'norm-kernel7', 'norm-dense', 'norm-scale', 'norm-random', 'norm-rate0.3',
 ]  # fmt: skip
-apart = {'stages-plain', *first, *scales[1:], vit[1], *drops, *fixes, 'inside-fixed-hidden20'}
+apart = {'stages-plain', *first, *scales[1:], vit[1], *drops, *fixes, *fixes_camvid}
 methods = [*ends, *(name for name in variants if name not in apart), *first]
 
 flowers5 = _base_.tasks.flowers5
-fruit, camvid = (
+fruit, camvid, camvid_r18 = (
     {key: value for key, value in task.items() if key != 'scenarios'}
-    for task in (_base_.tasks.fruit, _base_.tasks.camvid)
+    for task in (_base_.tasks.fruit, _base_.tasks.camvid, _base_.tasks['camvid-r18'])
 )
 tasks = {
     'flowers5': dict(
@@ -165,10 +166,8 @@ tasks['camvid-drop'] = dict(
 tasks['flowers5-fixed'] = dict(tasks['flowers5-drop'], methods=fixes)
 tasks['camvid-fixed'] = dict(
     tasks['camvid-drop'],
-    methods=['inside-fixed', 'inside-fixed-hidden20'],
-    options={
-        name: dict(prompt=dict(scale=0.22)) for name in ('inside-fixed', 'inside-fixed-hidden20')
-    },
+    methods=fixes_camvid,
+    options={name: dict(prompt=dict(scale=0.22)) for name in fixes_camvid},
 )
 # In the other networks as wide as the study has them, and twice as wide.
 wide = ['inside-fixed', 'inside-fixed-wide']
@@ -183,7 +182,7 @@ tasks['flowers5-vit-fixed'] = dict(
     },
 )
 tasks['camvid-r18-fixed'] = dict(
-    {key: value for key, value in _base_.tasks['camvid-r18'].items() if key != 'scenarios'},
+    camvid_r18,
     seeds=_base_.seeds,
     lrs=[3e-2],
     methods=wide,

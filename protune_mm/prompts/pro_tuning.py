@@ -284,6 +284,11 @@ class FixedConv2d(nn.Conv2d):
             return FrozenConv2d.apply(x, weight, bias, geometry)
 
 
+def has_fixed_layer(prompt: nn.Module) -> bool:
+    """Whether a prompt has a convolution that is set once and never trained."""
+    return any(isinstance(layer, FixedConv2d) for layer in prompt.modules())
+
+
 class DepthwiseConv2d(nn.Conv2d):
     """Depth-wise convolution that runs :func:`protune_mm.ops.depthwise.depthwise`.
 
