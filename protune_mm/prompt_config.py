@@ -16,7 +16,11 @@ AFFINE = dict(type='ScaleShift')
 NAMED_PROMPTS = {
     'paper': dict(type='ProTuningBlock', last='series'),
     # Better than the default after stages, and more so inside blocks: docs/study/findings.md.
-    'principal': dict(type='ProTuningBlock', init_mode='principal', act_cfg=None),
+    'principal': dict(
+        type='ProTuningBlock', init_mode='principal', act_cfg=None, fixed_down=True, scale=0.7
+    ),
+    # With all three convolutions trained, where the other is refused.
+    'principal-trained': dict(type='ProTuningBlock', init_mode='principal', act_cfg=None),
 }
 
 

@@ -229,7 +229,8 @@ def test_a_subclass_of_a_users_project_that_goes_around_its_block():
 
     tuned = protune_mm.protune(Around(18)).train()
     assert [name.split('.')[0] for name in prompts(tuned)] == [f'layer{i}' for i in range(1, 5)]
-    guard, runner = FrozenGuardHook(), SimpleNamespace(model=tuned, logger=logging.getLogger())
+    guard = FrozenGuardHook()
+    runner = SimpleNamespace(model=tuned, logger=logging.getLogger(), hooks=[guard])
     guard.before_train(runner)
     tuned(torch.randn(1, 3, 64, 96))[0].mean().backward()
     with pytest.raises(RuntimeError, match=r"'layer2\.1\.prompt.*' got no gradient in the first"):

@@ -73,13 +73,13 @@ variants = {
 }
 # How far a step moves what the prompts add, by their scale and width.
 scales = ['inside-hidden10-principal', 'inside-principal']
-variants['inside-principal'] = dict(stages='inside', prompt='principal')
+variants['inside-principal'] = _base_.trained
 for hidden, scale in ((10, 0.32), (10, 0.56), (10, 0.75), (14, 0.7), (14, 1.0)):
     scales.append(f'inside-hidden{hidden}-principal-scale{scale:g}')
     variants[scales[-1]] = dict(inside, prompt=dict(inside['prompt'], hidden=hidden, scale=scale))
 # In ViT-S, too: of one, and of one over the root of its 32 hidden channels.
 vit = ['inside-principal', 'inside-principal-scale0.18']
-variants[vit[1]] = dict(_base_.principal, prompt=dict(_base_.principal.prompt, scale=0.18))
+variants[vit[1]] = dict(_base_.trained, prompt=dict(_base_.trained.prompt, scale=0.18))
 for alpha in (12, 24):  # Of LoRA, too: a factor of one and of two.
     scales.append(f'lora-rank12-alpha{alpha}')
     variants[scales[-1]] = dict(prompt=dict(type='LoRA', rank=12, alpha=alpha))
@@ -87,14 +87,14 @@ for alpha in (12, 24):  # Of LoRA, too: a factor of one and of two.
 drops = []
 for rate in (0.0, 0.1, 0.2, 0.4):
     drops.append(f'inside-principal-drop{rate:g}')
-    prompt = dict(_base_.principal.prompt, drop_rate=rate)
-    variants[drops[-1]] = dict(_base_.principal, prompt=prompt)
+    prompt = dict(_base_.trained.prompt, drop_rate=rate)
+    variants[drops[-1]] = dict(_base_.trained, prompt=prompt)
 # The first convolution stays as it starts: twice the hidden channels for as many that train, at one
 # over the root of two of the scale, and at the same one.
-fixed = dict(_base_.principal.prompt, fixed_down=True)
-variants['inside-fixed'] = dict(_base_.principal, prompt=dict(fixed, scale=0.7))
-variants['inside-fixed-scale1'] = dict(_base_.principal, prompt=fixed)
-variants['inside-fixed-hidden20'] = dict(_base_.principal, prompt=dict(fixed, hidden=20))
+fixed = dict(_base_.trained.prompt, fixed_down=True)
+variants['inside-fixed'] = _base_.principal
+variants['inside-fixed-scale1'] = dict(_base_.trained, prompt=fixed)
+variants['inside-fixed-hidden20'] = dict(_base_.trained, prompt=dict(fixed, hidden=20))
 fixes = ['inside-fixed', 'inside-fixed-scale1']
 fixes_camvid = ['inside-fixed', 'inside-fixed-hidden20']
 ends = ['full', 'head-only']  # To see how far the block has come.
@@ -161,7 +161,7 @@ tasks['camvid-drop'] = dict(
     fractions=[0.2, 1.0],
     lrs=[3e-2],
     methods=drops[::2],
-    options={name: dict(prompt=_base_.camvid_prompt) for name in drops[::2]},
+    options={name: dict(prompt=dict(hidden=10, scale=0.32)) for name in drops[::2]},
 )
 tasks['flowers5-fixed'] = dict(tasks['flowers5-drop'], methods=fixes)
 tasks['camvid-fixed'] = dict(

@@ -10,7 +10,7 @@ note = (
     '[What came of it](../findings.md#attacks-in-longer-trainings).'
 )
 
-_prompt = _base_.principal.prompt
+_prompt = _base_.trained.prompt
 variants = {
     # With the first convolution frozen, and with that and the first three stages.
     'full-frozen0': dict(policy='full', frozen_stages=0),

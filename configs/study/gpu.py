@@ -29,6 +29,15 @@ dense = dict(
         'test_dataloader.batch_size': 8,
     },
 )
+# Begun before the first convolution of cpu.py's prompts stayed as it starts.
+options = {
+    family: {'pro-tuning': dict(_base_.trained, _delete_=True, prompt=prompt)}
+    for family, prompt in (
+        ('MobileNetV2', _base_.trained.prompt),
+        ('ResNet-18', dict(_base_.trained.prompt, hidden=96, scale=0.1)),
+        ('ViT-S', dict(_base_.trained.prompt, hidden=48, scale=0.14)),
+    )
+}
 half = dict(every=2)
 # In so many steps the head needs no such rate as in cpu.py's 250: these are the multipliers of the
 # long trainings in docs/real_runs.
