@@ -22,7 +22,7 @@ from .frozen import (
     unwrapped,
 )
 from .identity import digest
-from .prompts.pro_tuning import has_fixed_layer
+from .prompts.pro_tuning import fixed_layers
 from .registry import HOOKS
 from .report import parameter_line
 
@@ -54,7 +54,6 @@ class FrozenGuardHook(Hook):
         for backbone in backbones(model).values():
             if not backbone._protune.loads.checked:
                 check_weights(backbone)
-        self._check_teachers(model, runner.hooks)
         self._check_modes(model)
         for name, tensor in _guarded_tensors(model):
             if tensor.requires_grad:
@@ -95,6 +94,7 @@ class FrozenGuardHook(Hook):
                 'block; name other stages with stages=[...], or checkpoint with with_cp=True'
             )
         self._check_modes(unwrapped(runner.model))
+        _give_to_teacher(unwrapped(runner.model))
 
     def after_train(self, runner: Runner) -> None:
         """Compare every bit of every frozen tensor with the start."""
@@ -110,18 +110,6 @@ class FrozenGuardHook(Hook):
     def _check_cheaply(self, model: nn.Module) -> None:
         self._check_modes(model)
         self._check_versions(model)
-
-    @staticmethod
-    def _check_teachers(model: nn.Module, hooks: list[Hook]) -> None:
-        # MeanTeacherHook of mmdet: what starts from the student's first batch stays the teacher's.
-        if not any(getattr(hook, 'skip_buffers', False) for hook in hooks):
-            return
-        for name, prompt in prompts(model).items():
-            if has_fixed_layer(prompt):
-                raise ValueError(
-                    f"'{name}' has fixed_down=True, whose first convolution is a buffer, and "
-                    'MeanTeacherHook averages parameters only: use fixed_down=False'
-                )
 
     def _check_modes(self, model: nn.Module) -> None:
         knowing = {id(m) for backbone in backbones(model).values() for m in forks(backbone)}
@@ -206,6 +194,22 @@ class FiniteLossHook(Hook):
 
 
 _CAUSE = 'a hook, an optimizer or a custom train() of this project touches the frozen backbone'
+
+
+def _give_to_teacher(model: nn.Module) -> None:
+    """Give what the student's first batch has set, and no step changes, to its mean teacher.
+
+    The average of MeanTeacherHook of mmdet leaves out buffers, or comes near them in thousands of
+    steps. In the first step prompts added nothing, so the teacher misses nothing by it.
+    """
+    student, teacher = getattr(model, 'student', None), getattr(model, 'teacher', None)
+    if student is None or teacher is None:
+        return
+    followers = prompts(teacher)
+    for name, prompt in prompts(student).items():
+        for key, layer in fixed_layers(prompt).items():
+            if name in followers:
+                followers[name].get_submodule(key).load_state_dict(layer.state_dict())
 
 
 def _guarded_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -57,9 +57,10 @@ def protune(
             table does not know.
         prompt: config of the prompt block, any part of
             ``dict(type='ProTuningBlock', ratio=8, last='residual', extra_tokens='map',
-            features='prompted')``, or a name: ``'paper'``, or ``'principal'``, which starts from
-            the principal directions of the first batch and has no activation, for
-            ``stages='inside'``. ``last='series'`` (the paper's form) lets the prompt of the last
+            features='prompted')``, or a name: ``'paper'``, or ``'principal'``, for
+            ``stages='inside'``: no activation, and a first convolution that is set to the
+            principal directions of the first batch and stays so, or ``'principal-trained'``, where
+            it trains on. ``last='series'`` (the paper's form) lets the prompt of the last
             stage replace that stage's output; ``'residual'`` adds it. ``extra_tokens`` says what
             the class token receives where a head reads nothing else: ``'map'``, a prompt of its
             own, or ``'mean'``, the mean of the patches' prompt. ``features='plain'`` gives a neck

@@ -48,7 +48,7 @@ from .frozen import (
 from .hooks import FiniteLossHook
 from .identity import KEY, fingerprint, identifying
 from .optim import wrap_constructor
-from .prompts.pro_tuning import has_fixed_layer
+from .prompts.pro_tuning import fixed_layers
 from .registry import HOOKS, RUNNERS, STRATEGIES
 from .report import parameter_line
 from .resume import ExactResumeHook, PreemptionHook, unsignalled
@@ -150,20 +150,22 @@ class ProTuneFSDPStrategy(FSDPStrategy):
         return sharded
 
     def _start_without_data(self, model: nn.Module) -> None:
-        """What a forward pass writes into weights that FSDP has gathered is lost after it."""
-        waiting = [prompt for prompt in prompts(model).values() if getattr(prompt, 'waits', False)]
-        if any(has_fixed_layer(prompt) for prompt in waiting):
-            raise ValueError(
-                "prompt.init_mode='principal' cannot start from data under FSDP, and "
-                'prompt.fixed_down=True would leave its first convolution random: use '
-                'fixed_down=False'
-            )
+        """What a forward pass writes into weights that FSDP has gathered is lost after it.
+
+        Buffers, such as a first convolution that stays as it starts, are whole on every process.
+        """
+        waiting = [
+            prompt
+            for prompt in prompts(model).values()
+            if getattr(prompt, 'waits', False) and not fixed_layers(prompt)
+        ]
         for prompt in waiting:
             prompt.waits = False
         if waiting:
             self.logger.warning(
                 "prompt.init_mode='principal' needs whole weights in the first step: under FSDP "
-                "prompts start as with init_mode='fan_in'"
+                'the first convolution of a prompt starts at random; with prompt.fixed_down=True '
+                'it does not'
             )
 
     def build_optim_wrapper(self, optim_wrapper: Any, model: nn.Module | None = None) -> Any:

@@ -36,7 +36,10 @@ CASES = [
     (dict(prompt=dict(ratio='4')), "stage 'layer1': ratio='4' is no number"),
     (dict(prompt=dict(kernel_size=4)), "stage 'layer1': kernel_size=4 shifts the map"),
     (dict(prompt=dict(last='first')), "prompt.last='first' is unknown: use one of residual"),
-    (dict(prompt='papr'), "prompt='papr' is unknown: use 'paper', 'principal' or a"),
+    (
+        dict(prompt='papr'),
+        "prompt='papr' is unknown: use 'paper', 'principal', 'principal-trained' or a",
+    ),
     (dict(policy='half'), "policy='half' is unknown: use one of prompts, head-only, full, bias"),
 ]
 

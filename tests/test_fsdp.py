@@ -204,7 +204,23 @@ def test_prompts_that_wait_for_data_start_at_random(caplog):
     caplog.clear()
     strategy._start_without_data(model)
     assert not caplog.text
-    fixed = MODELS.build(dict(type='mmpretrain.ResNet', depth=18))
-    protune_mm.protune(fixed, prompt=dict(hidden=4, init_mode='principal', fixed_down=True))
-    with pytest.raises(ValueError, match='would leave its first convolution random'):
-        strategy._start_without_data(fixed)
+
+
+def test_a_first_convolution_that_stays_starts_from_the_first_batch(config, distributed, tmp_path):
+    works = []
+    for base in (config, distributed(1)):
+        child = base.with_name(f'fixed_{base.name}')
+        prompt = "dict(init_mode='principal', act_cfg=None, fixed_down=True, hidden=8)"
+        child.write_text(
+            f"_base_ = ['{base.name}']\nmodel = dict(backbone=dict(prompt={prompt}))\n"
+        )
+        works.append(tmp_path / base.stem)
+        text = finish(dist('dist_train', child, 2, '--work-dir', works[-1], *PLAIN))
+        assert 'start at random' not in text
+    found, expected = (weights(work) for work in works)
+    biases = [tensor for name, tensor in expected.items() if name.endswith('prompt.down.bias')]
+    # At random it is zero.
+    assert len(biases) == 4
+    assert all(bias.any() for bias in biases)
+    # float32 sums in another order, enlarged by where directions are nearly alike.
+    assert_same(found, expected, rtol=1e-3, atol=1e-4)

@@ -13,6 +13,7 @@ from torch import nn
 import protune_mm
 from protune_mm.frozen import prompts
 from protune_mm.prompts import ProTuningBlock
+from protune_mm.prompts.pro_tuning import fixed_layers
 from tests.processes import ROOT, environment
 
 
@@ -106,7 +107,9 @@ def test_a_start_that_is_not_zero_is_an_error():
         ProTuningBlock(8, init_mode='principal', zero_init=False)
 
 
-@pytest.mark.parametrize('prompt', [dict(hidden=4, init_mode='principal'), 'principal'])
+@pytest.mark.parametrize(
+    'prompt', [dict(hidden=4, init_mode='principal'), 'principal', 'principal-trained']
+)
 @pytest.mark.parametrize('stages', [None, 'blocks', 'inside'])
 def test_a_backbone_starts_exactly_as_stock(stages, prompt):
     torch.manual_seed(0)
@@ -134,16 +137,19 @@ def test_a_backbone_starts_exactly_as_stock(stages, prompt):
         dict(type='mmpretrain.VisionTransformer', arch='deit-s', img_size=32, patch_size=8),
     ],
 )
-def test_the_form_with_a_name_is_small_inside_blocks(base):
-    tuned = protune_mm.protune(MODELS.build(base), stages='inside', prompt='principal')
+@pytest.mark.parametrize('fixed', [True, False])
+def test_the_form_with_a_name_is_small_inside_blocks(base, fixed):
+    name = 'principal' if fixed else 'principal-trained'
+    tuned = protune_mm.protune(MODELS.build(base), stages='inside', prompt=name)
     blocks = prompts(tuned).values()
     assert all(isinstance(block.act1, torch.nn.Identity) for block in blocks)
+    assert all(bool(fixed_layers(block)) == fixed for block in blocks)
     own = sum(p.numel() for block in blocks for p in block.parameters())
     frozen = sum(p.numel() for p in tuned.parameters()) - own
     assert 0.03 * frozen < own <= 0.08 * frozen
     # Who spells it out, with the default type, gets as much.
     for kind in ('ProTuningBlock', 'protune_mm.ProTuningBlock', ProTuningBlock):
-        spelled = dict(type=kind, init_mode='principal', act_cfg=None)
+        spelled = dict(type=kind, init_mode='principal', act_cfg=None, fixed_down=fixed)
         again = prompts(protune_mm.protune(MODELS.build(base), stages='inside', prompt=spelled))
         assert own == sum(p.numel() for block in again.values() for p in block.parameters())
 
@@ -151,6 +157,7 @@ def test_the_form_with_a_name_is_small_inside_blocks(base):
 TWO = """
 import torch, torch.distributed as dist
 from protune_mm.prompts import ProTuningBlock
+from protune_mm.prompts.pro_tuning import fixed_layers
 from protune_mm.prompts.pro_tuning import some_pixels
 dist.init_process_group('gloo')
 rank = dist.get_rank()

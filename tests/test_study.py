@@ -392,7 +392,7 @@ def test_a_new_option_of_a_prompt_that_is_off_leaves_results(study, parts, monke
 
 def test_a_setting_tells_the_width_that_the_library_chooses(study, parts):
     names = {
-        'auto': "'principal'",
+        'auto': "'principal-trained'",
         'spelled': "dict(type='ProTuningBlock', init_mode='principal', act_cfg=None)",
         'wide': "dict(init_mode='principal', act_cfg=None, ratio=8)",
     }

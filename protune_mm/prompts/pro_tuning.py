@@ -156,6 +156,9 @@ class ProTuningBlock(BaseModule):
         mode = 'fan_in' if self.waits else self.init_mode
         kaiming_init(self.down, mode=mode)
         kaiming_init(self.spatial, mode=mode)
+        if self.waits:
+            # Of what :meth:`start_from` tells, all that needs no batch.
+            nn.init.dirac_(self.spatial.weight, groups=self.spatial.groups)
         if self.zero_init:
             nn.init.zeros_(self.up.weight)
             nn.init.zeros_(self.up.bias)
@@ -191,10 +194,10 @@ class ProTuningBlock(BaseModule):
     @torch.compiler.disable
     @torch.no_grad()
     def start_from(self, x: Tensor) -> None:
-        """Start the first two convolutions from a batch; the prompt stays zero.
+        """Start the first convolution from a batch; the prompt stays zero.
 
-        The first one becomes the projection of pixels, less their mean, on the directions in which
-        they differ most, with outputs of one as their mean square; the second one the identity.
+        It becomes the projection of pixels, less their mean, on the directions in which they differ
+        most, with outputs of one as their mean square; the second one is the identity already.
         So what the last convolution learns at first follows from the directions that hold most of
         the frozen features, instead of random ones: the projection that principal component
         analysis gives is the one that keeps most of their inner products. EVA, arXiv 2410.07170,
@@ -217,9 +220,8 @@ class ProTuningBlock(BaseModule):
                 level=logging.WARNING,
             )
         # Each process has a batch of its own.
-        for conv in (self.down, self.spatial):
-            for tensor in (*conv.parameters(), *conv.buffers()):
-                broadcast(tensor)
+        for tensor in (*self.down.parameters(), *self.down.buffers()):
+            broadcast(tensor)
 
     def _project_on_principal(self, pixels: Tensor) -> int:
         """Start from pixels (N, C), of which some differ; return how many directions they show."""
@@ -238,7 +240,6 @@ class ProTuningBlock(BaseModule):
         self.down.weight.copy_(weight.view_as(self.down.weight))
         if self.down.bias is not None:
             self.down.bias.copy_(-weight @ mean)
-        nn.init.dirac_(self.spatial.weight, groups=self.spatial.groups)
         return found
 
     def _activated(
@@ -284,9 +285,9 @@ class FixedConv2d(nn.Conv2d):
             return FrozenConv2d.apply(x, weight, bias, geometry)
 
 
-def has_fixed_layer(prompt: nn.Module) -> bool:
-    """Whether a prompt has a convolution that is set once and never trained."""
-    return any(isinstance(layer, FixedConv2d) for layer in prompt.modules())
+def fixed_layers(prompt: nn.Module) -> dict[str, FixedConv2d]:
+    """Dotted name to convolution of those in a prompt that are set once and never trained."""
+    return {name: layer for name, layer in prompt.named_modules() if isinstance(layer, FixedConv2d)}
 
 
 class DepthwiseConv2d(nn.Conv2d):
