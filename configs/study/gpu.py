@@ -10,6 +10,7 @@ note = (
     '    python tools/study.py configs/study/gpu.py --out docs/study/gpu --jobs 16 '
     '--method full head-only pro-tuning lora --task flowers5-robust flowers5 --fraction 1 0.05\n\n'
     'Sixteen runs shared one GPU, so "time" is of a GPU that others used as well.\n'
+    'Pro-tuning trains its first convolution here, too: it ran before the one that stays as it starts.\n'
     'LoRA lacks the third seed of flowers5-robust at 3e-3, its best rate with two, and at 1e-2: its '
     'lines there are of 1e-3.\n'
     '[What came of it](../findings.md#longer-trainings).'
