@@ -182,14 +182,15 @@ class ProTuningBlock(BaseModule):
         if self.lean and isinstance(down, FixedConv2d):
             down = down.without_input
         prompt = self._activated(down(x), self.norm1, self.act1, self.spatial)
-        prompt = self._activated(prompt, self.norm2, self.act2, self._up)
-        if isinstance(self.scale, nn.Parameter) or self.scale != 1.0:
-            prompt = prompt * self.scale
-        return prompt
+        return self._activated(prompt, self.norm2, self.act2, self._up)
 
     def _up(self, x: Tensor) -> Tensor:
-        """Return to the channels of the stage, some hidden ones left out."""
-        return self.up(self.drop(x))
+        """Return to the channels of the stage, some hidden ones left out, and apply the scale."""
+        x = self.drop(x)
+        if not isinstance(self.scale, nn.Parameter) and self.scale == 1.0:
+            return self.up(x)
+        # The weights are fewer than the pixels of the maps.
+        return nn.functional.conv2d(x, self.up.weight * self.scale, self.up.bias * self.scale)
 
     @torch.compiler.disable
     @torch.no_grad()
