@@ -36,7 +36,9 @@ class FrozenGuardHook(Hook):
     iteration: every prompt parameter got a gradient. At the start of every epoch and of every
     validation: modes and version counters again, which costs nothing. After training: every
     digest again, over every bit. In every checkpoint the frozen tensors are the model's own: an
-    EMA that computes ``a * (1 - m) + b * m`` drifts by rounding even where a equals b.
+    EMA that computes ``a * (1 - m) + b * m`` drifts by rounding even where a equals b. Where
+    MeanTeacherHook of mmdet averages prompts with ``fixed_down=True``, the teacher gets what the
+    student's first batch has set.
     """
 
     # After EMAHook, which swaps its averages into checkpoints.
@@ -54,6 +56,7 @@ class FrozenGuardHook(Hook):
         for backbone in backbones(model).values():
             if not backbone._protune.loads.checked:
                 check_weights(backbone)
+        _give_to_teacher(model, runner.hooks)
         self._check_modes(model)
         for name, tensor in _guarded_tensors(model):
             if tensor.requires_grad:
@@ -94,7 +97,7 @@ class FrozenGuardHook(Hook):
                 'block; name other stages with stages=[...], or checkpoint with with_cp=True'
             )
         self._check_modes(unwrapped(runner.model))
-        _give_to_teacher(unwrapped(runner.model))
+        _give_to_teacher(unwrapped(runner.model), runner.hooks)
 
     def after_train(self, runner: Runner) -> None:
         """Compare every bit of every frozen tensor with the start."""
@@ -196,17 +199,21 @@ class FiniteLossHook(Hook):
 _CAUSE = 'a hook, an optimizer or a custom train() of this project touches the frozen backbone'
 
 
-def _give_to_teacher(model: nn.Module) -> None:
+def has_mean_teacher(hooks: list[Hook]) -> bool:
+    """Whether MeanTeacherHook of mmdet, or one like it, is among some hooks."""
+    return any(hasattr(hook, 'skip_buffers') for hook in hooks)
+
+
+def _give_to_teacher(model: nn.Module, hooks: list[Hook]) -> None:
     """Give what the student's first batch has set, and no step changes, to its mean teacher.
 
-    The average of MeanTeacherHook of mmdet leaves out buffers, or comes near them in thousands of
-    steps. In the first step prompts added nothing, so the teacher misses nothing by it.
+    MeanTeacherHook skips buffers, or approaches them over thousands of steps. Prompts that are set
+    in the first step added nothing before it, so the teacher misses nothing.
     """
-    student, teacher = getattr(model, 'student', None), getattr(model, 'teacher', None)
-    if student is None or teacher is None:
+    if not has_mean_teacher(hooks):
         return
-    followers = prompts(teacher)
-    for name, prompt in prompts(student).items():
+    followers = prompts(model.teacher)
+    for name, prompt in prompts(model.student).items():
         for key, layer in fixed_layers(prompt).items():
             if name in followers:
                 followers[name].get_submodule(key).load_state_dict(layer.state_dict())

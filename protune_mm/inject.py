@@ -58,10 +58,11 @@ def protune(
         prompt: config of the prompt block, any part of
             ``dict(type='ProTuningBlock', ratio=8, last='residual', extra_tokens='map',
             features='prompted')``, or a name: ``'paper'``, or ``'principal'``, for
-            ``stages='inside'``: no activation, and a first convolution that is set to the
-            principal directions of the first batch and stays so, or ``'principal-trained'``, where
-            it trains on. ``last='series'`` (the paper's form) lets the prompt of the last
-            stage replace that stage's output; ``'residual'`` adds it. ``extra_tokens`` says what
+            ``stages='inside'``: no activation, a scale of 0.7, and a first convolution that is set
+            to the principal directions of the first batch and then frozen, or
+            ``'principal-trained'``, where it trains on and the scale is 1. ``last='series'`` (the
+            paper's form) lets the prompt of the last stage replace that stage's output;
+            ``'residual'`` adds it. ``extra_tokens`` says what
             the class token receives where a head reads nothing else: ``'map'``, a prompt of its
             own, or ``'mean'``, the mean of the patches' prompt. ``features='plain'`` gives a neck
             the outputs of all stages but the last as they are before their prompt, which the next
@@ -171,7 +172,7 @@ def placed_options(options: Options, sites: list[Site]) -> dict:
 
 SHARE = 0.08
 """Part of a backbone's parameters that prompts after its stages, or inside its blocks, have at most
-where the user chose no width."""
+where the user chose no width; what is fixed in them is not counted."""
 RATIOS = (8, 12, 16, 24, 32, 48, 64)
 """Of the first that keeps to it."""
 

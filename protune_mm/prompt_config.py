@@ -19,7 +19,7 @@ NAMED_PROMPTS = {
     'principal': dict(
         type='ProTuningBlock', init_mode='principal', act_cfg=None, fixed_down=True, scale=0.7
     ),
-    # With all three convolutions trained, where the other is refused.
+    # All three convolutions train, at a scale of 1.
     'principal-trained': dict(type='ProTuningBlock', init_mode='principal', act_cfg=None),
 }
 

@@ -6,6 +6,7 @@ from torch import nn
 
 from .features import Beside, Inside
 from .frozen import backbones, prompts, tuned_parameters
+from .prompts.pro_tuning import fixed_layers
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
@@ -16,7 +17,8 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
 
     Returns:
         dict[str, int]: ``frozen`` and ``prompts`` of the backbones, ``rest``: trainable
-        parameters elsewhere (neck and head), ``rest_frozen``: the others there.
+        parameters elsewhere (neck and head), ``rest_frozen``: the others there. What is fixed in
+        prompts (``fixed_down=True``) is in none of them, see :func:`fixed_count`.
     """
     tuned = {id(p) for p in tuned_parameters(model).values()}
     inside = {id(p) for b in backbones(model).values() for p in b.parameters()}
@@ -32,14 +34,25 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
     return counts
 
 
+def fixed_count(model: nn.Module) -> int:
+    """How many weights of a model's prompts are set once, never trained, and saved with them."""
+    layers = [
+        layer for prompt in prompts(model).values() for layer in fixed_layers(prompt).values()
+    ]
+    return sum(buffer.numel() for layer in layers for buffer in layer.buffers())
+
+
 def parameter_line(model: nn.Module) -> str:
     """The line a training run logs: what is frozen and what trains."""
     n = parameter_counts(model)
     share = 100 * n['prompts'] / n['frozen'] if n['frozen'] else 0.0
+    fixed = fixed_count(model)
     line = (
         f'Pro-tuning: backbone frozen {n["frozen"]:,}, prompts {n["prompts"]:,} '
-        f'({share:.2f}% of backbone), neck+head {n["rest"]:,}'
+        f'({share:.2f}% of backbone)'
     )
+    line += f' and {fixed:,} fixed in them' if fixed else ''
+    line += f', neck+head {n["rest"]:,}'
     line += f' (+{n["rest_frozen"]:,} frozen)' if n['rest_frozen'] else ''
     return f'{line}: {frozen_share(n):.1f}% of the model frozen'
 

@@ -45,7 +45,7 @@ from .frozen import (
     unwrapped,
     whole_name,
 )
-from .hooks import FiniteLossHook
+from .hooks import FiniteLossHook, has_mean_teacher
 from .identity import KEY, fingerprint, identifying
 from .optim import wrap_constructor
 from .prompts.pro_tuning import fixed_layers
@@ -164,8 +164,8 @@ class ProTuneFSDPStrategy(FSDPStrategy):
         if waiting:
             self.logger.warning(
                 "prompt.init_mode='principal' needs whole weights in the first step: under FSDP "
-                'the first convolution of a prompt starts at random; with prompt.fixed_down=True '
-                'it does not'
+                'the first convolution of a prompt starts at random; that of '
+                "prompt='principal', which has fixed_down=True, does not"
             )
 
     def build_optim_wrapper(self, optim_wrapper: Any, model: nn.Module | None = None) -> Any:
@@ -324,6 +324,19 @@ def frozen_units(model: nn.Module, min_size: int) -> Iterator[nn.Module]:
 @HOOKS.register_module()
 class ShardedGuardHook(Hook):
     """Prove after a training with FSDP that every bit of the frozen weights is as it was."""
+
+    def before_train(self, runner: Runner) -> None:
+        """Refuse what FrozenGuardHook does for a mean teacher, and this hook does not.
+
+        Raises:
+            ValueError: MeanTeacherHook would leave the first convolution of prompts random.
+        """
+        found = prompts(unwrapped(runner.model)).values()
+        if has_mean_teacher(runner.hooks) and any(fixed_layers(prompt) for prompt in found):
+            raise ValueError(
+                "prompt.fixed_down=True, as in prompt='principal', cannot be given to a mean "
+                "teacher under FSDP: use prompt='principal-trained'"
+            )
 
     def after_train(self, runner: Runner) -> None:
         """Gather the weights on the first process and compare.

@@ -201,6 +201,9 @@ def test_prompts_that_wait_for_data_start_at_random(caplog):
     strategy._start_without_data(model)
     assert not any(prompt.waits for prompt in prompts(model).values())
     assert 'needs whole weights in the first step' in caplog.text
+    for prompt in prompts(model).values():
+        center = prompt.spatial.weight[:, :, 2, 2]
+        assert torch.equal(center, torch.ones_like(center))
     caplog.clear()
     strategy._start_without_data(model)
     assert not caplog.text
@@ -210,13 +213,13 @@ def test_a_first_convolution_that_stays_starts_from_the_first_batch(config, dist
     works = []
     for base in (config, distributed(1)):
         child = base.with_name(f'fixed_{base.name}')
-        prompt = "dict(init_mode='principal', act_cfg=None, fixed_down=True, hidden=8)"
+        prompt = "dict(init_mode='principal', act_cfg=None, fixed_down=True, scale=0.7, hidden=8)"
         child.write_text(
             f"_base_ = ['{base.name}']\nmodel = dict(backbone=dict(prompt={prompt}))\n"
         )
         works.append(tmp_path / base.stem)
         text = finish(dist('dist_train', child, 2, '--work-dir', works[-1], *PLAIN))
-        assert 'start at random' not in text
+        assert 'needs whole weights in the first step' not in text
     found, expected = (weights(work) for work in works)
     biases = [tensor for name, tensor in expected.items() if name.endswith('prompt.down.bias')]
     # At random it is zero.

@@ -157,7 +157,6 @@ def test_the_form_with_a_name_is_small_inside_blocks(base, fixed):
 TWO = """
 import torch, torch.distributed as dist
 from protune_mm.prompts import ProTuningBlock
-from protune_mm.prompts.pro_tuning import fixed_layers
 from protune_mm.prompts.pro_tuning import some_pixels
 dist.init_process_group('gloo')
 rank = dist.get_rank()

@@ -29,26 +29,26 @@ def test_holds_exactly_three_convolutions_of_figure_2():
 
 @pytest.mark.parametrize('depthwise', [True, False])
 @pytest.mark.parametrize('act', [True, False])
-@pytest.mark.parametrize('scale', [1.0, 0.1])
-def test_forward_and_gradient_equal_a_plain_reference(depthwise, act, scale):
+@pytest.mark.parametrize(('scale', 'learnable'), [(1.0, False), (0.1, False), (0.1, True)])
+def test_forward_and_gradient_equal_a_plain_reference(depthwise, act, scale, learnable):
     torch.manual_seed(0)
     act_cfg = dict(type='GELU') if act else None
     block = ProTuningBlock(
-        16, ratio=4, depthwise=depthwise, act_cfg=act_cfg, scale=scale, zero_init=False
-    ).double()
+        16, ratio=4, depthwise=depthwise, act_cfg=act_cfg, scale=scale, zero_init=False,
+        learnable_scale=learnable,
+    ).double()  # fmt: skip
     x = torch.randn(2, 16, 7, 11, dtype=torch.float64)
     gelu = F.gelu if act else (lambda t: t)
 
-    def reference(x, wd, bd, ws, bs, wu, bu):
+    def reference(x, *parameters):
+        (*factor, wd, bd, ws, bs, wu, bu) = parameters
         hidden = gelu(torch.einsum('oi,bihw->bohw', wd[:, :, 0, 0], x) + bd[:, None, None])
         hidden = gelu(F.conv2d(hidden, ws, bs, padding=2, groups=4 if depthwise else 1))
         out = torch.einsum('oi,bihw->bohw', wu[:, :, 0, 0], hidden) + bu[:, None, None]
-        return out * scale
+        return out * (factor[0] if factor else scale)
 
-    inputs = [
-        x,
-        *(p.detach() for c in (block.down, block.spatial, block.up) for p in c.parameters()),
-    ]
+    inputs = [x, *(p.detach().clone() for p in block.parameters())]
+    assert len(inputs) == (8 if learnable else 7)
     for tensor in inputs:
         tensor.requires_grad_()
     expected = reference(*inputs)

@@ -176,8 +176,8 @@ options = dict(
 # farther a step of Adam moves what the prompt adds at one scale.
 # Where a task does not say otherwise prompts, biases, norms and last blocks train at the rate of
 # the head, and the whole backbone of full fine-tuning, as in the libraries' configs, at a tenth.
-# With and without a first convolution that trains: the study once had the former, and the ablations
-# and longer trainings that came before the latter still do.
+# `trained`: all three convolutions train; most ablations and the longer trainings came before the
+# other one and have it. `principal`: the first one stays as it starts; this study has it.
 trained = dict(stages='inside', prompt=dict(init_mode='principal', act_cfg=None))
 principal = dict(trained, prompt=dict(trained['prompt'], fixed_down=True, scale=0.7))
 options['MobileNetV2']['pro-tuning'] = principal

@@ -10,7 +10,7 @@ note = (
     '    python tools/study.py configs/study/gpu.py --out docs/study/gpu --jobs 16 '
     '--method full head-only pro-tuning lora --task flowers5-robust flowers5 --fraction 1 0.05\n\n'
     'Sixteen runs shared one GPU, so "time" is of a GPU that others used as well.\n'
-    'Pro-tuning trains its first convolution here, too: it ran before the one that stays as it starts.\n'
+    'Pro-tuning here is the older form, whose first convolution trains as well.\n'
     'LoRA lacks the third seed of flowers5-robust at 3e-3, its best rate with two, and at 1e-2: its '
     'lines there are of 1e-3.\n'
     '[What came of it](../findings.md#longer-trainings).'
@@ -39,6 +39,7 @@ options = {
         ('ViT-S', dict(_base_.trained.prompt, hidden=48, scale=0.14)),
     )
 }
+in_camvid = {'pro-tuning': dict(prompt=dict(hidden=10, scale=0.32))}
 half = dict(every=2)
 # In so many steps the head needs no such rate as in cpu.py's 250: these are the multipliers of the
 # long trainings in docs/real_runs.
@@ -47,7 +48,8 @@ tasks = {
     'flowers5-robust': dict(classify, lrs=[3e-4, 1e-3, 3e-3, 1e-2]),
     'flowers5': dict(classify, lrs=[3e-4, 1e-3, 3e-3, 1e-2]),
     'flowers5-long-tailed': dict(classify),
-    'camvid': dict(segment, fractions=[1.0, 0.2]),
+    'camvid': dict(segment, fractions=[1.0, 0.2], options=in_camvid),
+    'camvid-longer': dict(options=in_camvid),
     'fruit': dict(dense, scenarios=half),
     'flowers5-vit': dict(classify, fractions=[0.05, 0.2, 1.0]),
     'camvid-r18': dict(segment, fractions=[1.0, 0.2]),

@@ -142,7 +142,7 @@ class ProTuningBlock(BaseModule):
         self.norm2 = build_norm_layer(norm_cfg, hidden)[1] if norm_cfg else nn.Identity()
         self.act2 = build_activation_layer(act_cfg) if act_cfg else nn.Identity()
         self.drop = nn.Dropout2d(drop_rate) if drop_rate else nn.Identity()
-        self.up = nn.Conv2d(hidden, channels, 1)
+        self.up = ScaledConv2d(hidden, channels, 1)
         if learnable_scale:
             self.scale = nn.Parameter(torch.tensor(float(scale)))
         else:
@@ -151,13 +151,13 @@ class ProTuningBlock(BaseModule):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Set the start: Kaiming for the first two convolutions, zero (or Kaiming) for the last."""
+        """Set the start: see ``init_mode`` and ``zero_init``."""
         self.waits = self.init_mode == 'principal'
         mode = 'fan_in' if self.waits else self.init_mode
         kaiming_init(self.down, mode=mode)
         kaiming_init(self.spatial, mode=mode)
         if self.waits:
-            # Of what :meth:`start_from` tells, all that needs no batch.
+            # The part of that start that needs no batch.
             nn.init.dirac_(self.spatial.weight, groups=self.spatial.groups)
         if self.zero_init:
             nn.init.zeros_(self.up.weight)
@@ -186,11 +186,7 @@ class ProTuningBlock(BaseModule):
 
     def _up(self, x: Tensor) -> Tensor:
         """Return to the channels of the stage, some hidden ones left out, and apply the scale."""
-        x = self.drop(x)
-        if not isinstance(self.scale, nn.Parameter) and self.scale == 1.0:
-            return self.up(x)
-        # The weights are fewer than the pixels of the maps.
-        return nn.functional.conv2d(x, self.up.weight * self.scale, self.up.bias * self.scale)
+        return self.up(self.drop(x), self.scale)
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -275,6 +271,13 @@ class FixedConv2d(nn.Conv2d):
             delattr(self, name)
             self.register_buffer(name, None if value is None else value.detach())
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply it in the dtype of ``x``: FSDP's mixed precision casts parameters only."""
+        weight, bias = (
+            None if t is None else t.to(compute_dtype(x)) for t in (self.weight, self.bias)
+        )
+        return self._conv_forward(x, weight, bias)
+
     def without_input(self, x: Tensor) -> Tensor:
         """Apply it, and keep its weight alone for backward."""
         if not keeps(x) or tracing() or hooked():
@@ -289,6 +292,19 @@ class FixedConv2d(nn.Conv2d):
 def fixed_layers(prompt: nn.Module) -> dict[str, FixedConv2d]:
     """Dotted name to convolution of those in a prompt that are set once and never trained."""
     return {name: layer for name, layer in prompt.named_modules() if isinstance(layer, FixedConv2d)}
+
+
+class ScaledConv2d(nn.Conv2d):
+    """Convolution times a factor.
+
+    Shape: as of :class:`torch.nn.Conv2d`.
+    """
+
+    def forward(self, x: Tensor, scale: float | Tensor = 1.0) -> Tensor:
+        """Multiply the weights, which are fewer than the pixels of maps and keep none."""
+        if not isinstance(scale, Tensor) and scale == 1.0:
+            return super().forward(x)
+        return self._conv_forward(x, self.weight * scale, self.bias * scale)
 
 
 class DepthwiseConv2d(nn.Conv2d):
