@@ -72,6 +72,16 @@ def test_the_map_it_reads_is_not_kept(options):
     assert kept_bytes(lambda: fixed(x + 0)) > size
 
 
+@pytest.mark.parametrize('fixed_down', [True, False])
+def test_a_scale_keeps_nothing(fixed_down):
+    kept = []
+    for scale in (1.0, 0.7):
+        block = ProTuningBlock(64, hidden=4, act_cfg=None, fixed_down=fixed_down, scale=scale)
+        x = torch.randn(2, 64, 16, 16, requires_grad=True)
+        kept.append(kept_bytes(lambda block=block, x=x: block.train()(x + 0)))
+    assert kept[1] <= kept[0] + 4 * 64  # The scaled bias.
+
+
 def test_a_half_precision_map_and_float32_buffers():
     # As of FSDP's mixed precision.
     fixed, trained = (block.bfloat16() for block in both())

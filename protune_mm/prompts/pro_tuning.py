@@ -301,10 +301,10 @@ class ScaledConv2d(nn.Conv2d):
     """
 
     def forward(self, x: Tensor, scale: float | Tensor = 1.0) -> Tensor:
-        """Multiply the weights, which are fewer than the pixels of maps and keep none."""
+        """Multiply the input, which has few channels, in place of the output."""
         if not isinstance(scale, Tensor) and scale == 1.0:
             return super().forward(x)
-        return self._conv_forward(x, self.weight * scale, self.bias * scale)
+        return self._conv_forward(x * scale, self.weight, self.bias * scale)
 
 
 class DepthwiseConv2d(nn.Conv2d):
