@@ -3,6 +3,7 @@
 #     python tools/study.py configs/study/ablation.py --results ablations.jsonl
 _base_ = ['./cpu.py']
 
+note = ''
 relu = dict(type='ReLU')
 gn = dict(type='GN', num_groups=1)
 norm = dict(hidden=48, norm_cfg=gn)
