@@ -162,7 +162,7 @@ tasks['camvid-drop'] = dict(
     fractions=[0.2, 1.0],
     lrs=[3e-2],
     methods=drops[::2],
-    options={name: dict(prompt=dict(hidden=10, scale=0.32)) for name in drops[::2]},
+    options={name: dict(prompt=_base_.camvid_trained) for name in drops[::2]},
 )
 tasks['flowers5-fixed'] = dict(tasks['flowers5-drop'], methods=fixes)
 tasks['camvid-fixed'] = dict(

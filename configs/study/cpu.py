@@ -84,6 +84,7 @@ camvid = dict(
 camvid_prompt = dict(hidden=20, scale=0.22)
 # Tasks that have not run since: all three convolutions train, as in `trained` below.
 not_again = dict(fixed_down=False, scale=1.0)
+camvid_trained = dict(fixed_down=False, hidden=10, scale=0.32)
 tasks = {
     'flowers5': dict(flowers5, seeds=more_seeds, fractions=[0.05, 0.2], lrs=[3e-4, 1e-3, 3e-3]),
     'flowers5-robust': dict(
@@ -113,7 +114,7 @@ tasks = {
         fractions=[1.0],
         steps=1000,
         lrs=[1e-2, 3e-2, 6e-2],
-        options={'pro-tuning': dict(prompt=dict(fixed_down=False, hidden=10, scale=0.32))},
+        options={'pro-tuning': dict(prompt=camvid_trained)},
     ),
     'fruit': dict(
         fruit,

@@ -39,7 +39,7 @@ options = {
         ('ViT-S', dict(_base_.trained.prompt, hidden=48, scale=0.14)),
     )
 }
-in_camvid = {'pro-tuning': dict(prompt=dict(hidden=10, scale=0.32))}
+in_camvid = {'pro-tuning': dict(prompt=_base_.camvid_trained)}
 half = dict(every=2)
 # In so many steps the head needs no such rate as in cpu.py's 250: these are the multipliers of the
 # long trainings in docs/real_runs.

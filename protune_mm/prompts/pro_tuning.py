@@ -273,20 +273,22 @@ class FixedConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply it in the dtype of ``x``: FSDP's mixed precision casts parameters only."""
-        weight, bias = (
-            None if t is None else t.to(compute_dtype(x)) for t in (self.weight, self.bias)
-        )
-        return self._conv_forward(x, weight, bias)
+        return self._conv_forward(x, *as_computed(x, self.weight, self.bias))
 
     def without_input(self, x: Tensor) -> Tensor:
         """Apply it, and keep its weight alone for backward."""
         if not keeps(x) or tracing() or hooked():
             return self(x)
-        dtype = compute_dtype(x)
-        x, weight, bias = (None if t is None else t.to(dtype) for t in (x, self.weight, self.bias))
+        x, weight, bias = as_computed(x, x, self.weight, self.bias)
         geometry = (self.stride, self.padding, self.dilation, self.groups)
         with without_casts(x):
             return FrozenConv2d.apply(x, weight, bias, geometry)
+
+
+def as_computed(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
+    """Tensors, or none, in the dtype in which a convolution of ``x`` computes."""
+    dtype = compute_dtype(x)
+    return [None if t is None else t.to(dtype) for t in tensors]
 
 
 def fixed_layers(prompt: nn.Module) -> dict[str, FixedConv2d]:
@@ -317,8 +319,7 @@ class DepthwiseConv2d(nn.Conv2d):
         """See the class."""
         if not x.is_cuda:
             return super().forward(x)
-        dtype = compute_dtype(x)
-        cast = [None if t is None else t.to(dtype) for t in (x, self.weight, self.bias)]
+        cast = as_computed(x, x, self.weight, self.bias)
         with without_casts(cast[0]):
             return depthwise(*cast)
 
