@@ -82,8 +82,7 @@ camvid = dict(
 )
 # At three times the rate of the other tasks (3e-2 * 0.1) prompts want a smaller scale.
 camvid_prompt = dict(hidden=20, scale=0.22)
-# Tasks that have not run since: all three convolutions train, as in `trained` below.
-not_again = dict(fixed_down=False, scale=1.0)
+# The same where all three convolutions train: see `trained` below.
 camvid_trained = dict(fixed_down=False, hidden=10, scale=0.32)
 tasks = {
     'flowers5': dict(flowers5, seeds=more_seeds, fractions=[0.05, 0.2], lrs=[3e-4, 1e-3, 3e-3]),
@@ -114,13 +113,9 @@ tasks = {
         fractions=[1.0],
         steps=1000,
         lrs=[1e-2, 3e-2, 6e-2],
-        options={'pro-tuning': dict(prompt=camvid_trained)},
+        options={'pro-tuning': dict(prompt=camvid_prompt)},
     ),
-    'fruit': dict(
-        fruit,
-        fractions=[1.0, 0.25],
-        options={'pro-tuning': dict(prompt=not_again)},
-    ),
+    'fruit': dict(fruit, fractions=[1.0, 0.25]),
     'flowers5-vit': dict(
         flowers5,
         config='configs/small/vit-s_protune_flowers5.py',
@@ -150,7 +145,6 @@ tasks = {
         lrs=[5e-4, 1e-3, 2e-3, 4e-3],
         steps=300,
         scenarios=dict(every=6, severities=[3]),
-        options={'pro-tuning': dict(prompt=not_again)},
     ),
     'camvid-instances': dict(
         config='configs/small/mask_rcnn_protune_mobilenetv2_camvid.py',
@@ -166,7 +160,6 @@ tasks = {
             'val_dataloader.dataset.pipeline.1.scale': (256, 192),
             'test_dataloader.dataset.pipeline.1.scale': (256, 192),
         },
-        options={'pro-tuning': dict(prompt=not_again)},
     ),
 }
 
