@@ -8,10 +8,10 @@ from torch import nn
 
 from .features import Inside, Item, LastMaps, Layout, Maps, Site, Tokens, TokensOfGrid
 from .frozen import Options
+from .norms import NORMS
 from .probe import PROBE_SIZE, probe_layers
 from .prompt_config import refuse_after_stages
 from .prompts.base import feedforward
-from .prompts.scale_shift import NORMS
 from .stages import Family, Stage
 
 

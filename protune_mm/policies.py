@@ -6,13 +6,13 @@ import re
 from collections.abc import Iterable
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
+from .norms import is_norm
 from .stages.family import Stage
 
 POLICIES = ('prompts', 'head-only', 'full', 'bias', 'norm', 'last-K')
 """Names of the policies, as :func:`protune_mm.protune` explains them; K is a number of blocks."""
-_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm)
+_BIASES = ('bias', 'in_proj_bias', 'q_bias', 'v_bias')
 
 
 def check_policy(policy: str) -> None:
@@ -36,21 +36,31 @@ def keeps_lean_layers(policy: str) -> bool:
 def parameters_of(policy: str, module: nn.Module) -> frozenset[str]:
     """Names of the single parameters that a policy trains in a backbone.
 
-    ``'bias'`` is BitFit (arXiv 2106.10199): every bias, those of norms included. ``'norm'``: the
-    scale and shift of every norm; batch norms use the statistics of pre-training.
+    ``'bias'`` is BitFit (arXiv 2106.10199): every bias, those of norms and of queries, keys and
+    values included, but no table of relative positions. ``'norm'``: the scale and shift of every
+    norm; batch norms use the statistics of pre-training.
+
+    Raises:
+        ValueError: the backbone has none.
     """
+    if policy not in ('bias', 'norm'):
+        return frozenset()
     if policy == 'bias':
-        return frozenset(
-            name for name, _ in module.named_parameters() if name.rpartition('.')[2] == 'bias'
-        )
-    if policy == 'norm':
-        return frozenset(
+        names = (name for name, _ in module.named_parameters())
+        found = frozenset(name for name in names if name.rpartition('.')[2] in _BIASES)
+    else:
+        found = frozenset(
             f'{name}.{key}'.lstrip('.')
             for name, layer in module.named_modules()
-            if isinstance(layer, _NORMS)
+            if is_norm(layer)
             for key, _ in layer.named_parameters(recurse=False)
         )
-    return frozenset()
+    if not found:
+        raise ValueError(
+            f"policy='{policy}': {type(module).__name__} has no parameters of a {policy}: use "
+            "another policy, such as 'head-only'"
+        )
+    return found
 
 
 def blocks_of(policy: str, module: nn.Module, stages: Iterable[Stage]) -> tuple[str, ...]:

@@ -14,10 +14,14 @@ examples = pytest.mark.parametrize(('library', 'family'), EXAMPLES)
 
 def expected_names(policy, stock, family):
     if policy == 'bias':
-        return {name for name, _ in stock.named_parameters() if name.endswith('.bias')}
+        return {n for n, _ in stock.named_parameters() if n.endswith(('.bias', '_bias'))}
     if policy == 'norm':
         kinds = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
-        norms = [name for name, module in stock.named_modules() if isinstance(module, kinds)]
+        norms = [
+            name
+            for name, module in stock.named_modules()
+            if isinstance(module, kinds) or type(module).__name__ == 'HorNetLayerNorm'
+        ]
         return {n for n, _ in stock.named_parameters() if n.rpartition('.')[0] in norms}
     blocks = [block for stage in family.split(stock) for block in stage.blocks]
     last = blocks[-int(policy[-1]) :]
@@ -73,3 +77,44 @@ def test_last_blocks_run_as_in_fine_tuning():
     assert not tuned.layer4[1].bn1.training
     with pytest.raises(ValueError, match="policy='last-9': ResNet has 8 blocks"):
         MODELS.build(dict(config, policy='last-9'))
+
+
+def tuned_names(base, policy, **options):
+    from mmengine.registry import MODELS
+
+    config = dict(type='protune_mm.ProTuned', base=base, policy=policy, **options)
+    return set(protune_mm.tuned_parameters(MODELS.build(config)))
+
+
+@pytest.mark.parametrize(
+    ('base', 'options', 'there', 'absent'),
+    [
+        (
+            'mmseg.VisionTransformer',
+            dict(img_size=(64, 64), embed_dims=32, num_layers=2, num_heads=2, out_indices=[1]),
+            {f'layers.1.{key}' for key in ('ln1.bias', 'attn.attn.in_proj_bias')},
+            set(),
+        ),
+        (
+            'mmseg.BEiT',
+            dict(img_size=(64, 64), embed_dims=32, num_layers=2, num_heads=2, out_indices=[1]),
+            {f'layers.0.attn.{key}' for key in ('q_bias', 'v_bias', 'proj.bias')},
+            {'layers.0.attn.relative_position_bias_table'},
+        ),
+    ],
+)
+def test_biases_of_queries_keys_and_values_train(base, options, there, absent):
+    found = tuned_names(base, 'bias', **options)
+    assert there <= found
+    assert not absent & found
+
+
+def test_norms_of_a_networks_own_train():
+    found = tuned_names('mmpretrain.HorNet', 'norm', arch='tiny')
+    assert {'norm3.weight', 'norm3.bias', 'stages.0.0.norm1.weight'} <= found
+    assert not any('dwconv' in name or 'pwconv' in name for name in found)
+
+
+def test_a_policy_that_finds_nothing_is_refused():
+    with pytest.raises(ValueError, match="policy='norm': VGG has no parameters of a norm"):
+        tuned_names('mmpretrain.VGG', 'norm', depth=11)

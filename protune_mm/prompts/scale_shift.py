@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
+from ..norms import NORMS
 from ..registry import PROMPTS
 from .base import Prompt, outermost
-
-NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm)
 
 
 @PROMPTS.register_module()
