@@ -16,6 +16,7 @@ from protune_mm.robustness import (
     PixelModel,
     ShotAccuracy,
     corrupted,
+    per_cent,
     robust_accuracy,
     summary,
 )
@@ -113,6 +114,22 @@ def test_summary():
         summary(70.0, scores, True, dict.fromkeys(other, 100.0))
     scores = {key: value / 100 for key, value in scores.items()}
     assert summary(0.7, scores, False) == pytest.approx({'mPC': 0.35, 'rPC': 50, 'mCE': 65})
+    with pytest.raises(ValueError, match=r'a score of 60.0 is not within 0 and 1'):
+        summary(0.7, {('fog', 1): 60.0}, False)
+
+
+@pytest.mark.parametrize(
+    ('metric', 'to_100'),
+    [
+        ('accuracy/top1', True), ('single-label/f1-score', True), ('multi-label/mAP', True),
+        ('mIoU', True), ('mDice', True), ('aAcc', True), ('shots/mean', True),
+        ('coco_panoptic/PQ', True), ('coco/bbox_mAP', False), ('coco/segm_mAP_50', False),
+        ('lvis/bbox_AP', False), ('pascal_voc/AP50', False), ('pascal_voc/mAP', False),
+        ('openimages/AP50', False), ('cityscapes/mAP', False), ('crowd_human/AP', False),
+    ],
+)  # fmt: skip
+def test_which_scores_go_to_1(metric, to_100):
+    assert per_cent(metric) is to_100
 
 
 @pytest.fixture
@@ -343,14 +360,23 @@ def test_the_tool_on_a_classifier(trained_cls, tmp_path):
     run_tool('tools/test_robustness.py', *common, *FEW, *attack)
     found = json.loads(out.read_text())['scores']
     corrupt = [found[f'{name} {severity}'] for name in ('fog', 'contrast') for severity in (1, 5)]
-    assert found['mPC'] == pytest.approx(sum(corrupt) / 4)
-    assert found['mCE'] == pytest.approx(100 - found['mPC'])
+    of = ' (fog, contrast; severities 1, 5)'
+    assert found[f'mPC{of}'] == pytest.approx(sum(corrupt) / 4)
+    assert found[f'mCE{of}'] == pytest.approx(100 - found[f'mPC{of}'])
+    assert 'mPC' not in found, 'it is not that of all fifteen'
     assert found['fgsm, 0/255'] == pytest.approx(found['clean'], abs=1e-3)
     assert found['fgsm, 2/255'] <= found['fgsm, 0/255']
     again = run_tool('tools/test_robustness.py', *common, *FEW, *attack, '--baseline', out)
     assert 'fog 1:' not in again.stdout, 'what is there is not computed again'
-    assert 'mCE over baseline: 100.0' in again.stdout
+    assert f'mCE over baseline{of}: 100.0' in again.stdout
     found = json.loads(out.read_text())['scores']
+    held = json.loads(out.read_text())
+    held['about']['test images'] += 1
+    (tmp_path / 'larger.json').write_text(json.dumps(held))
+    larger = (*common[:-2], *FEW, '--baseline', tmp_path / 'larger.json')
+    refused = run_tool('tools/test_robustness.py', *larger, check=False)
+    assert 'larger.json has scores of test images' in refused.stderr
+    assert 'clean:' not in refused.stdout
     more = ('--corruptions', 'snow', '--severities', '1', '--baseline', out)
     lacking = run_tool('tools/test_robustness.py', *common[:-2], *more, check=False)
     assert lacking.stderr.strip().endswith('has no score under snow 1: test it there, too')
@@ -378,7 +404,7 @@ def test_the_tool_on_a_detector_and_a_segmentor(trained, trained_seg, shapes, tm
     options = ['--cfg-options', *QUICK, *data(shapes)]
     few = ['--corruptions', 'fog', '--severities', '1', '--work-dir', tmp_path]
     done = run_tool('tools/test_robustness.py', *detector, *few, *options)
-    assert 'mPC: ' in done.stdout
+    assert 'mPC (fog; severities 1): ' in done.stdout
     refused = run_tool(
         'tools/test_robustness.py', *detector, '--no-corruptions', '--attacks', 'fgsm',
         '--work-dir', tmp_path, *options, check=False,
@@ -389,4 +415,4 @@ def test_the_tool_on_a_detector_and_a_segmentor(trained, trained_seg, shapes, tm
     assert 'clean:' not in refused.stdout, 'refused before anything is tested'
     config, checkpoint = trained_seg
     done = run_tool('tools/test_robustness.py', config, checkpoint, '--metric', 'mIoU', *few)
-    assert 'rPC: ' in done.stdout
+    assert 'rPC (fog; severities 1): ' in done.stdout

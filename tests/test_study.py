@@ -494,6 +494,17 @@ def test_the_rate_is_picked_by_validation_over_all_seeds(parts):
     assert (found['t', 1.0, 'n']['a']['lr'], found['t', 1.0, 'n']['a']['score']) == (2, 2)
 
 
+def test_of_rates_with_one_validation_score_the_lowest_counts(parts):
+    # As float32 leaves one mean of two scores, in whatever order the runs ended.
+    lines = [line('a', 3, 0, 63.98844070, 3), line('a', 2, 0, 63.98844072, 2)]
+    lines.append(line('a', 1, 0, 63.9, 1))
+    for some in (lines, lines[::-1]):
+        cell = parts['cells'].cells(Plan, some)['t', 1.0, 'm']['a']
+        assert (cell['lr'], cell['score'], cell['tie']) == (2, 2, True)
+    cell = parts['cells'].cells(Plan, lines[1:])['t', 1.0, 'm']['a']
+    assert (cell['lr'], cell['tie']) == (2, False)
+
+
 def everywhere(method, score, share, by_seed=1, metric='m'):
     return [
         line(method, lr, seed, score, score + by_seed * seed, metric, share)

@@ -16,6 +16,7 @@ import argparse
 import hashlib
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from mmengine.config import Config
@@ -29,6 +30,7 @@ from protune_mm.robustness import (
     Corrupt,
     check_attack,
     corrupted,
+    per_cent,
     summary,
 )
 
@@ -59,10 +61,11 @@ def main() -> None:
         parser.error('--baseline divides errors under corruption: leave --no-corruptions out')
     scores = Scores(args, cfg)
     cfg.load_from = args.checkpoint
-    baseline = read_baseline(args.baseline, args.metric) if args.baseline else None
     runner = cli.build_runner(cfg)
     # What cannot be done is told before the first test.
-    loader = runner.build_dataloader(cfg.test_dataloader) if args.attacks else None
+    loader = runner.build_dataloader(cfg.test_dataloader)
+    scores.about['test images'] = len(loader.dataset)
+    baseline = read_baseline(args.baseline, scores.about) if args.baseline else None
     for attack in args.attacks:
         check_attack(runner.model, attack, args.budgets, loader.dataset.metainfo.get('subset'))
     if not args.no_corruptions:
@@ -95,24 +98,34 @@ def main() -> None:
                 ),
             )
     if found:
-        # Accuracy and mIoU go to 100 in these libraries, average precision to 1.
-        scores.known.pop('mCE over baseline', None)  # It may be over another one.
-        scores.note(summary(clean, found, 'mAP' not in args.metric, baseline))
+        part = part_of(args.corruptions, args.severities)
+        scores.known.pop(f'mCE over baseline{part}', None)  # It may be over another one.
+        means = summary(clean, found, per_cent(args.metric), baseline)
+        scores.note({f'{name}{part}': value for name, value in means.items()})
     for attack in args.attacks:
         # What a smaller budget breaks counts as broken by a larger one, so all belong together.
         name = f'{attack}, budgets {" ".join(f"{budget:g}" for budget in args.budgets)}'
         scores.note(scores.once(name, lambda attack=attack: attacked(attack)))
 
 
-def read_baseline(path: str, metric: str) -> dict[tuple[str, int], float]:
+def part_of(corruptions: Sequence[str], severities: Sequence[int]) -> str:
+    """What means over some corruptions or severities have in their names; '' for all of them."""
+    if {*corruptions} == {*CORRUPTIONS} and len({*severities}) == 5:
+        return ''
+    return f' ({", ".join(corruptions)}; severities {", ".join(map(str, severities))})'
+
+
+def read_baseline(path: str, about: dict) -> dict[tuple[str, int], float]:
     """Scores under corruption of another network.
 
     Raises:
-        ValueError: they are of another metric.
+        ValueError: they are of another metric, or of another number of images.
     """
     held = json.loads(Path(path).read_text())
-    if held['about']['metric'] != metric:
-        raise ValueError(f'{path} has scores of {held["about"]["metric"]}, not of {metric}')
+    for key in ('metric', 'test images'):
+        theirs = held['about'].get(key, about[key])  # Older files do not tell the images.
+        if theirs != about[key]:
+            raise ValueError(f'{path} has scores of {key} {theirs}, here it is {about[key]}')
     split = {tuple(name.rsplit(' ', 1)): score for name, score in held['scores'].items()}
     return {(key[0], int(key[1])): score for key, score in split.items() if key[0] in CORRUPTIONS}
 

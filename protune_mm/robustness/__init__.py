@@ -10,7 +10,7 @@ from .attacks import (
     robust_accuracy,
 )
 from .class_map import ClassMap, MappedAccuracy
-from .corruptions import CORRUPTIONS, Corrupt, after_loading, corrupted, summary
+from .corruptions import CORRUPTIONS, Corrupt, after_loading, corrupted, per_cent, summary
 from .shots import ShotAccuracy
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     'check_attack',
     'check_budgets',
     'corrupted',
+    'per_cent',
     'robust_accuracy',
     'summary',
 ]

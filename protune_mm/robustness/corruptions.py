@@ -176,6 +176,21 @@ def _test_pipeline(dataloader: dict) -> tuple[list[dict], int]:
     return dataset['pipeline'], loads[0] + 1 if loads else 0
 
 
+_TO_ONE = (
+    'coco/', 'lvis/', 'pascal_voc/', 'openimages/', 'cityscapes/', 'crowd_human/', 'youtube_vis',
+)  # fmt: skip
+"""Prefixes of MMDetection's metrics whose scores go to 1; all others go to 100."""
+
+
+def per_cent(metric: str) -> bool:
+    """Whether the scores of a metric go to 100, such as accuracy, rather than to 1, such as AP.
+
+    Args:
+        metric: its whole name, such as ``'accuracy/top1'``, ``'coco/bbox_mAP'``, ``'mIoU'``.
+    """
+    return not metric.startswith(_TO_ONE)
+
+
 def summary(
     clean: float,
     scores: Mapping[tuple[str, int], float],
@@ -187,7 +202,7 @@ def summary(
     Args:
         clean: the score without corruption.
         scores: (corruption, severity) to score.
-        per_cent: scores go to 100 rather than to 1.
+        per_cent: scores go to 100 rather than to 1: see :func:`per_cent`.
         baseline: those of another network. Default: none.
 
     Returns:
@@ -198,10 +213,17 @@ def summary(
         severities, divided by the baseline's, in per cent.
 
     Raises:
-        ValueError: the baseline lacks a corruption, or makes no error under one.
+        ValueError: the baseline lacks a corruption, or makes no error under one, or a score is out
+            of range.
     """
-    performance = mean(scores.values())
     unit = 1 if per_cent else 100
+    for score in (clean, *scores.values(), *(baseline or {}).values()):
+        if not 0 <= unit * score <= 100:
+            raise ValueError(
+                f'a score of {score} is not within 0 and {100 // unit}, so there is no error rate '
+                'of it: use a metric that is'
+            )
+    performance = mean(scores.values())
     found = {
         'mPC': performance,
         'rPC': 100 * performance / clean if clean else 0.0,

@@ -6,6 +6,8 @@ import math
 import statistics
 from collections import defaultdict
 
+from protune_mm.robustness import per_cent
+
 from .plan import Study
 
 
@@ -13,7 +15,8 @@ def cells(study: Study, lines: list[dict]) -> dict[tuple, dict[str, dict]]:
     """(task, fraction, metric) to method to its runs at its best learning rate.
 
     The learning rate is the one with the best mean validation score of the task's first metric
-    over all seeds; until one has all seeds, over the most that any has.
+    over all seeds; until one has all seeds, over the most that any has. Of rates with the same the
+    lowest counts.
     """
     runs = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for line in lines:
@@ -27,9 +30,8 @@ def cells(study: Study, lines: list[dict]) -> dict[tuple, dict[str, dict]]:
             seeds = max(len(found) for found in by_lr.values())
             whole = [lr for lr, found in by_lr.items() if len(found) == seeds]
             # The first metric of a task chooses for all: the scores are of one model.
-            lr = chosen.setdefault(
-                (task, fraction, method), max(whole, key=lambda lr: mean(by_lr[lr], 'val_score'))
-            )
+            equal = chosen.setdefault((task, fraction, method), best_rates(by_lr, whole))
+            lr = equal[0]
             grid = sorted(study.lrs_of(task))
             planned = len(grid) * len(study.seeds_of(task))
             count = sum(len(found) for found in by_lr.values())
@@ -44,8 +46,19 @@ def cells(study: Study, lines: list[dict]) -> dict[tuple, dict[str, dict]]:
                 count=count,
                 complete=count == planned,
                 edge=len(grid) > 1 and lr in (grid[0], grid[-1]),
+                tie=len(equal) > 1,
             )
     return best
+
+
+def best_rates(by_lr: dict[float, list[dict]], whole: list[float]) -> list[float]:
+    """Those of some rates that have the best validation score, the lowest first.
+
+    Scores that differ by rounding alone are the same.
+    """
+    scores = {lr: mean(by_lr[lr], 'val_score') for lr in sorted(whole)}
+    best = max(scores.values())
+    return [lr for lr, score in scores.items() if math.isclose(score, best, rel_tol=1e-6)]
 
 
 def mean(runs: list[dict], key: str) -> float:
@@ -92,4 +105,4 @@ def share(cell: dict) -> float:
 
 def hundredths(metric: str) -> float:
     """What makes of a score one that goes to 100: average precision goes to 1."""
-    return 100.0 if 'mAP' in metric else 1.0
+    return 1.0 if per_cent(metric) else 100.0

@@ -58,12 +58,12 @@ def report(
         '',
         f'{shown}, mean and standard deviation over seeds, at the learning rate with the best',
         'mean validation score of the first metric; the same grid of rates, steps and seeds for',
-        'every method; * where that rate is at an end of the grid. "trains": part of the',
-        'backbone\'s parameters, prompts included. "keeps": MiB that a step keeps for its backward',
-        'pass (on a GPU: the peak). "time": processor time (on a GPU: time) of a step over that of',
-        'head-only, of full where there is none, else of the first line. A diverged run has score',
-        '0. Average precision is in points of 100. Corruption errors are plain means, not divided',
-        "by another network's.",
+        'every method; * where that rate is at an end of the grid, = where a higher one has the',
+        'same validation score. "trains": part of the backbone\'s parameters, prompts included.',
+        '"keeps": MiB that a step keeps for its backward pass (on a GPU: the peak). "time":',
+        'processor time (on a GPU: time) of a step over that of head-only, of full where there is',
+        'none, else of the first line. A diverged run has score 0. Average precision is in points',
+        "of 100. Corruption errors are plain means, not divided by another network's.",
         '',
         *([study.note, ''] if study.note else []),
         f'`{study.path}` has the options of every method, and its rate in the backbone over',
@@ -104,7 +104,7 @@ def report(
             val += '' if final else f' ± {of_val * cell["val_spread"]:.2f}'
             text.append(
                 f'| {method} |{test}{val} '
-                f'| {cell["lr"]:g}{"*" * cell["edge"]} | {share(cell):.1%} '
+                f'| {cell["lr"]:g}{"*" * cell["edge"]}{"=" * cell["tie"]} | {share(cell):.1%} '
                 f'| {mean(cell["runs"], "peak_memory") / 2**20:.1f} '
                 f'| {relative(step_time(cell["runs"]), unit)} '
                 f'| {cell["count"]} ({cell["diverged"]}){"" if cell["complete"] else ", not all"} |'

@@ -8,7 +8,14 @@ import math
 from mmengine.config import Config
 from mmengine.runner import Runner, TestLoop
 
-from protune_mm.robustness import CORRUPTIONS, AttackLoop, after_loading, corrupted, summary
+from protune_mm.robustness import (
+    CORRUPTIONS,
+    AttackLoop,
+    after_loading,
+    corrupted,
+    per_cent,
+    summary,
+)
 
 from .plan import Run
 
@@ -49,13 +56,13 @@ def scenario_scores(runner: Runner, cfg: Config, task: dict, run: Run) -> dict[s
     for name, steps in wanted.get('shifts', {}).items():
         # In points of 100, as all scores that are not of a metric of the task.
         score_there = test(after_loading(plain, list(steps)))
-        found[f'shifted, {name}'] = score_there * (100 if 'mAP' in metric else 1)
+        found[f'shifted, {name}'] = score_there * (1 if per_cent(metric) else 100)
     for severity in wanted.get('severities', ()):
         scores = {
             (name, severity): test(corrupted(plain, name, severity, cache=True))
             for name in CORRUPTIONS
         }
-        error = summary(1.0, scores, per_cent='mAP' not in metric)['mCE']
+        error = summary(1.0, scores, per_cent(metric))['mCE']
         found[f'100 - mCE, severity {severity}'] = 100 - error
     for attack, budgets in wanted.get('attacks', {}).items():
         loader = runner.build_dataloader(plain)
