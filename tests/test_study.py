@@ -177,6 +177,22 @@ def test_scenarios(study):
         (dict(), ('--run', 'small lora'), "'small lora' names no run: use"),
         (dict(), ('--run', 'small lorra 1 0.1 0'), 'has the tasks small; methods are full,'),
         (dict(classifier='one_split'), ('--run', 'small lora 1 0.1 0'), 'give them images of'),
+        (dict(classifier='one_split'), (), 'give them images of'),
+        (dict(fractions=(0.05,)), (), 'fraction=0.05 leaves no image of class'),
+        (
+            {'steps=3': 'steps=3, scenarios=dict(attacks=dict(autoattack=[1]))'},
+            ('--run', 'small lora 1 0.1 0'),
+            'autoattack needs at least 4 classes; there are 2',
+        ),
+        (
+            {
+                'steps=3': 'steps=3, scenarios=dict(every=2, severities=[1]), cfg_options={'
+                "'test_dataloader.dataset': dict(_delete_=True, type='protune_mm.FewLabels', "
+                'dataset={})}'
+            },
+            (),
+            'scenarios.every=2 is for a plain test data set, not for protune_mm.FewLabels around',
+        ),
         (
             {'options = dict(ResNet': 'variants = dict(lora'},
             (),
@@ -189,7 +205,7 @@ def test_bad_input(study, tmp_path, change, more, message):
     assert done.returncode
     assert message in done.stderr
     assert 'Traceback' not in done.stderr
-    assert not (tmp_path / 'out' / 'README.md').exists()
+    assert not list((tmp_path / 'out').glob('*')), 'told before the first run'
 
 
 @pytest.mark.parametrize(
@@ -203,6 +219,8 @@ def test_bad_input(study, tmp_path, change, more, message):
         ('[1.0]', '[1.5]', "task 'small': fraction 1.5 is no part of the labels"),
         ('seeds = [0]', "seeds = [0]; variants = {'my lora': {}}", "'my lora' has a space"),
         ('steps=3,', 'steps=3, lrs=[],', "task 'small': lrs=[] is no grid of learning rates"),
+        ('steps=3,', 'steps=3, lrs=[1e-3, 0.001],', 'lrs=[0.001, 0.001] names one twice'),
+        ('[1.0]', '[1.0, 1]', 'fractions=[1.0, 1] names one twice'),
         ('steps=3,', 'steps=3, full_lr_mult=0,', "task 'small': full_lr_mult=0 is no factor"),
         ('steps=3,', "steps=3, methods=['lorra'],", "task 'small': method 'lorra' is unknown"),
         ('steps=3,', 'steps=3, options=dict(lorra={}),', "options: method 'lorra' is unknown"),
@@ -255,7 +273,7 @@ def test_a_metric_that_is_not_there_is_no_divergence(study, tmp_path):
     file = study(methods=('head-only',), **{'accuracy/top1': 'accuracy/top7'})
     done = run(file, tmp_path / 'out', check=False)
     assert "task 'small': no score accuracy/top7: there are accuracy/top1" in done.stdout
-    assert 'runs failed' in done.stderr
+    assert '2 runs failed. The first, "small head-only 1 0.001 0": ValueError:' in done.stderr
     assert not (tmp_path / 'out' / 'results.jsonl').exists()
 
 

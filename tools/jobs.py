@@ -142,7 +142,7 @@ class Progress:
         """One line for a job that is done."""
         self.done += 1
         left = (time.time() - self.start) / self.done * (self.total - self.done) / 60
-        note = f': {row["reason"][:150]}' if row['status'] == 'failed' else ''
+        note = f': {row["reason"][:400]}' if row['status'] == 'failed' else ''
         print(f'[{self.done}/{self.total}, {left:.0f} min left] {row["status"]} '
               f'{row["key"][:110]}{note}', flush=True)  # fmt: skip
 

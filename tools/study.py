@@ -1,9 +1,9 @@
 """Compare tuning methods over tasks, fractions of the labels and seeds.
 
-    python tools/study.py configs/study/cpu.py                    # all runs, on all cores
-    python tools/study.py configs/study/cpu.py --task flowers5 --fraction 0.2 --jobs 1
-    python tools/study.py configs/study/cpu.py --run "flowers5 pro-tuning 1 0.001 0"
-    python tools/study.py configs/study/cpu.py --table            # draw tables and plots again
+    python tools/study.py my_study.py --out my_study              # all runs, on all cores
+    python tools/study.py my_study.py --out my_study --task flowers5 --fraction 0.2 --jobs 1
+    python tools/study.py my_study.py --run "flowers5 pro-tuning 1 0.001 0"
+    python tools/study.py my_study.py --out my_study --table      # draw tables and plots again
 
 Every method has the same steps, seeds and grid of learning rates; its learning rate is the best on
 the validation split, as a mean over seeds, and the score is that of the test split. Each run that
@@ -26,7 +26,7 @@ import torch
 from jobs import Results
 from study_parts.plan import METHODS, Run, Study
 from study_parts.report import write_report
-from study_parts.training import train
+from study_parts.training import check_data, train
 
 from protune_mm import cli
 
@@ -45,7 +45,9 @@ def main() -> None:
         default=torch.cuda.device_count() or len(os.sched_getaffinity(0)),
         help='runs side by side; default: one on each GPU, or on each core where there is none',
     )
-    parser.add_argument('--out', default='docs/study', help='folder of results, tables and plots')
+    parser.add_argument(
+        '--out', help='folder of results, tables and plots; default: work_dirs/study/NAME OF FILE'
+    )
     parser.add_argument('--results', default='results.jsonl', help='name of the file in it')
     args = parser.parse_args()
     try:
@@ -64,7 +66,7 @@ def main() -> None:
             print(json.dumps(line))
         return
     study.results_name = args.results
-    out = Path(args.out)
+    out = Path(args.out or Path('work_dirs', 'study', Path(args.study).stem))
     out.mkdir(parents=True, exist_ok=True)
     planned = runs = study.runs()
     for name in ('task', 'method', 'fraction'):
@@ -80,12 +82,17 @@ def main() -> None:
     results = StudyResults(out / args.results, args.jobs, settings)
     if not args.table:
         study.check_ready(dict.fromkeys(run.task for run in runs))
+        check_data(study, [run for run in runs if run.key not in results.known])
         results.work(functools.partial(train, args.study), [run.key for run in runs])
     lines = [line for row in results.known.values() for line in row['lines']]
     if lines:
         write_report(study, lines, out, args.results)
     if results.failed:
-        sys.exit(f'{len(results.failed)} runs failed; run the same command again to retry them')
+        key, reason = next(iter(results.failed.items()))
+        sys.exit(
+            f'{len(results.failed)} runs failed. The first, "{key}": {reason}\n'
+            'The same command does only what is not done yet.'
+        )
 
 
 class StudyResults(Results):

@@ -1,6 +1,6 @@
 # What the paper's figure leaves open, with few labels: the block and its places. Chosen by the
 # validation split alone.
-#     python tools/study.py configs/study/ablation.py --results ablations.jsonl
+#     python tools/study.py configs/study/ablation.py --out docs/study --results ablations.jsonl
 _base_ = ['./cpu.py']
 
 note = ''

@@ -1,5 +1,5 @@
 # The study of docs/study, sized for two CPU cores: short schedules, small images.
-#     python tools/study.py configs/study/cpu.py
+#     python tools/study.py configs/study/cpu.py --out docs/study
 # PROTUNE_DATA and PROTUNE_WEIGHTS name the folders of data and weights.
 note = 'Where "time" is empty, the runs of that line were made on a slower machine than the others.'
 methods = [

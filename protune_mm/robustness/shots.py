@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from statistics import mean
 
@@ -40,10 +41,9 @@ class ShotAccuracy(BaseMetric):
     ) -> None:
         super().__init__(collect_device=collect_device, prefix=prefix)
         train = DATASETS.build(dataset)
-        labels = [
+        self.counts = Counter(
             label for i in range(len(train)) for label in image_labels(train.get_data_info(i))
-        ]
-        self.counts = {label: labels.count(label) for label in set(labels)}
+        )
         self.bounds = bounds
 
     def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:

@@ -172,6 +172,13 @@ class Study:
             )
         self._check_methods(where, task.get('methods', ()))
         self._check_seeds(where, self.seeds_of(name))
+        for key, choices in (
+            ('lrs', self.lrs_of(name)),
+            ('fractions', task['fractions']),
+            ('methods', task.get('methods', self.methods)),
+        ):
+            if len({*choices}) < len(choices):
+                raise ValueError(f'{where}: {key}={list(choices)} names one twice: leave it out')
         rates = self.lrs_of(name)
         if not (rates and all(rate > 0 for rate in rates)):
             raise ValueError(f'{where}: lrs={rates} is no grid of learning rates: use [1e-3, 3e-3]')
@@ -212,7 +219,7 @@ class Study:
                 check_budgets(attack, budgets)
             except ValueError as error:
                 raise ValueError(f'{where}: {error}') from error
-            if not task['metrics'][0].startswith('accuracy/'):
+            if not task['metrics'][0].startswith(('accuracy/', 'shots/', 'single-label/')):
                 raise ValueError(
                     f'{where}: attacks are for classifiers; {task["metrics"][0]} is no accuracy'
                 )
@@ -221,7 +228,7 @@ class Study:
         """Look for what some tasks need, before the first run.
 
         Raises:
-            ValueError: a config has no dataloader of a split.
+            ValueError: a config has no dataloader of a split, or one of which no part can be shown.
             ModuleNotFoundError: a library that corrupts or attacks is not installed.
         """
         for name in tasks:
@@ -233,6 +240,12 @@ class Study:
                         f"{self.path}: task '{name}': {task['config']} has no {split}_dataloader"
                     )
             wanted = task.get('scenarios', {})
+            tested = cfg.test_dataloader.dataset
+            if wanted.get('every', 1) > 1 and {'dataset', 'datasets'} & set(tested):
+                raise ValueError(
+                    f"{self.path}: task '{name}': scenarios.every={wanted['every']} is for a plain "
+                    f'test data set, not for {tested.type} around another: leave it out'
+                )
             if wanted.get('severities'):
                 Corrupt(CORRUPTIONS[0], 1)
             if wanted.get('attacks'):

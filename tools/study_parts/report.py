@@ -52,7 +52,7 @@ def report(
     told = (out / 'findings.md').exists()
     meaning = ' [findings.md](findings.md) says what the numbers mean.' if told else ''
     more = '' if final else f' --results {study.results_name}'
-    more += '' if out == Path('docs/study') else f' --out {out}'
+    more += f' --out {out}'
     text = [
         '# Study' if final else '# Ablations',
         '',

@@ -12,6 +12,7 @@ from protune_mm.robustness import (
     CORRUPTIONS,
     AttackLoop,
     after_loading,
+    check_attack,
     corrupted,
     per_cent,
     summary,
@@ -40,7 +41,9 @@ def scenario_scores(runner: Runner, cfg: Config, task: dict, run: Run) -> dict[s
     plain, evaluator = copy.deepcopy(cfg.test_dataloader), copy.deepcopy(cfg.test_evaluator)
     every = wanted.get('every', 1)
     if every > 1:
-        chosen = plain.dataset.get('indices') or range(len(runner.test_dataloader.dataset))
+        chosen = plain.dataset.get('indices')
+        if not isinstance(chosen, (list, tuple)):  # A number stands for the first so many.
+            chosen = range(len(runner.test_dataloader.dataset))
         plain.dataset.indices = list(chosen)[::every]
         for metric in evaluator if isinstance(evaluator, list) else [evaluator]:
             if metric.get('ann_file'):  # Else the images left out count as missed.
@@ -69,6 +72,17 @@ def scenario_scores(runner: Runner, cfg: Config, task: dict, run: Run) -> dict[s
         runner._test_loop = AttackLoop(runner, loader, attack, [b / 255 for b in budgets])
         found |= runner.test()
     return found
+
+
+def check_scenarios(runner: Runner, task: dict) -> None:
+    """Refuse attacks that a task's model cannot have, before it is trained.
+
+    Raises:
+        ValueError: it is no classifier, or one of too few classes.
+    """
+    for attack, budgets in task.get('scenarios', {}).get('attacks', {}).items():
+        subset = runner.test_dataloader.dataset.metainfo.get('subset')
+        check_attack(runner.model, attack, budgets, subset)
 
 
 def score(found: dict, metric: str, run: Run) -> float:

@@ -10,6 +10,7 @@ import statistics
 import tempfile
 import time
 import warnings
+from collections.abc import Iterable
 from unittest import mock
 
 import torch
@@ -33,7 +34,7 @@ from protune_mm.lean.memory import kept_bytes
 
 from .plan import Run, Study
 from .run_config import config_of, steps_of
-from .scenarios import scenario_metrics, scenario_scores, score
+from .scenarios import check_scenarios, scenario_metrics, scenario_scores, score
 
 
 class StopWhenDiverged(Hook):
@@ -112,6 +113,7 @@ def train(path: str, key: str) -> dict:
             check_apart(cfg, run.task)
             apart.add((path, run.task, run.fraction, run.seed))
         runner = cli.build_runner(cfg)
+        check_scenarios(runner, task)
         if task.get('channels_last'):
             to_channels_last(runner.model)
         runner.register_hook(StopWhenDiverged())
@@ -214,6 +216,17 @@ def check_apart(cfg: Config, task: str) -> None:
                         'by protune_mm.FewLabels and its rest=True, or by `indices`'
                     )
             seen[split] = found
+
+
+def check_data(study: Study, runs: Iterable[Run]) -> None:
+    """Build the data sets of each task, fraction and seed of some runs, before the first of them.
+
+    Raises:
+        ValueError: a fraction leaves a class empty, or two splits have an image in common.
+    """
+    first = {(run.task, run.fraction, run.seed): run for run in runs}
+    for run in first.values():
+        check_apart(config_of(study, run, ''), run.task)
 
 
 def is_finite(model: BaseModel) -> bool:
