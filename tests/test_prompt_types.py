@@ -40,6 +40,25 @@ def prompt_config(kind):
     return dict(type=kind, **small_options(kind))
 
 
+@pytest.mark.parametrize(
+    ('block', 'bounds'),
+    [
+        (Adapter(384, authors_init=True), dict(down=384**-0.5)),
+        (
+            Mona(96, hidden=40, authors_init=True),
+            {'down': 96**-0.5, 'filters.0': 1 / 3, 'filters.2': 1 / 7, 'mix': 40**-0.5},
+        ),
+    ],
+)
+def test_rivals_can_start_as_their_authors_code_does(block, bounds):
+    """Uniform within one over the root of the inputs, as torch's layers do without being asked."""
+    for name, bound in bounds.items():
+        weight = block.get_submodule(name).weight
+        assert 0.8 * bound < weight.abs().max() <= bound
+        assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.15)
+    assert not block(torch.randn(1, block.down.in_channels, 4, 4)).any()
+
+
 def test_all_types_are_tried():
     assert set(TYPES) >= {
         'Adapter',

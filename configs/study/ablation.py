@@ -98,6 +98,10 @@ variants['inside-fixed-scale1'] = dict(_base_.trained, prompt=fixed)
 variants['inside-fixed-hidden20'] = dict(_base_.trained, prompt=dict(fixed, hidden=20))
 fixes = ['inside-fixed', 'inside-fixed-scale1']
 fixes_camvid = ['inside-fixed', 'inside-fixed-hidden20']
+# Rivals that start as code of their authors does.
+starts = ['adapter-authors', 'mona-authors']
+variants[starts[0]] = dict(prompt=dict(type='Adapter', authors_init=True))
+variants[starts[1]] = dict(prompt=dict(type='Mona', authors_init=True))
 ends = ['full', 'head-only']  # To see how far the block has come.
 # The defaults and what may replace them, and what the neck and head receive.
 defaults = ['stages', 'stages-principal', 'stages-principal-linear', 'stages-plain']
@@ -106,7 +110,7 @@ first = [
     'blocks-hidden48', 'blocks-hidden48-fan-in', 'norm-gelu', 'norm-linear', 'norm-relu',
     'norm-kernel3', 'norm-kernel7', 'norm-dense', 'norm-scale', 'norm-random', 'norm-rate0.3',
 ]  # fmt: skip
-apart = {'stages-plain', *first, *scales[1:], vit[1], *drops, *fixes, *fixes_camvid}
+apart = {'stages-plain', *first, *scales[1:], vit[1], *drops, *fixes, *fixes_camvid, *starts}
 methods = [*ends, *(name for name in variants if name not in apart), *first]
 
 flowers5 = _base_.tasks.flowers5
@@ -206,6 +210,17 @@ tasks['fruit-more-validation'] = dict(
         # As in flowers5: no test score is shown.
         'test_dataloader.dataset.indices': list(range(0, 60, 20)),
     },
+)
+# Beside the rivals of the study, at its rates.
+tasks['flowers5-starts'] = dict(
+    flowers5,
+    fractions=[0.2],
+    seeds=_base_.seeds,
+    methods=starts,
+    options={'mona-authors': _base_.options['MobileNetV2']['mona']},
+)
+tasks['flowers5-vit-starts'] = dict(
+    _base_.tasks['flowers5-vit'], seeds=_base_.seeds, methods=starts
 )
 # With the optimizer of most stock configs in place of AdamW.
 tasks['flowers5-sgd'] = dict(

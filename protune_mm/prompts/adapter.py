@@ -24,6 +24,8 @@ class Adapter(Prompt):
         hidden: channels between the two. Default 64, the paper's.
         scale: factor on the output. Default 0.1, the paper's.
         zero_init: start ``up`` at zero. Default True, the paper's.
+        authors_init: start ``down`` as code of the authors does, uniform within one over the root
+            of its inputs, instead of by Kaiming over its outputs, which is larger. Default False.
 
     Shape: ``(B, channels, H, W) -> (B, out_channels, H / stride, W / stride)``.
     """
@@ -38,18 +40,22 @@ class Adapter(Prompt):
         hidden: int = 64,
         scale: float = 0.1,
         zero_init: bool = True,
+        authors_init: bool = False,
     ) -> None:
         super().__init__()
-        self.zero_init, self.scale = zero_init, scale
+        self.zero_init, self.scale, self.authors_init = zero_init, scale, authors_init
         self.down = nn.Conv2d(channels, hidden, 1, stride)
         self.act = nn.ReLU()
         self.up = nn.Conv2d(hidden, out_channels or channels, 1)
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Set the start: Kaiming for ``down``, zero (or Kaiming) for ``up``."""
+        """Set the start: Kaiming for ``down``, zero (or Kaiming) for ``up``, no biases."""
         kaiming_init(self.down)
         kaiming_init(self.up)
+        if self.authors_init:
+            self.down.reset_parameters()
+            nn.init.zeros_(self.down.bias)
         if self.zero_init:
             nn.init.zeros_(self.up.weight)
         self._is_init = True

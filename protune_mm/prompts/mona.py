@@ -26,16 +26,25 @@ class Mona(Prompt):
         channels: channels C of the block's output.
         hidden: channels of the bottleneck. Default 64, the paper's; at most ``channels``.
         zero_init: start the last convolution at zero. Default True.
+        authors_init: start the other convolutions as copies of the authors' code do, uniform within
+            one over the root of their inputs, biases too, instead of by Kaiming over their outputs
+            without biases: the depth-wise ones are larger so, the others smaller. Default False.
 
     Shape: ``(B, C, H, W) -> (B, C, H, W)``.
     """
 
     where = 'blocks'
 
-    def __init__(self, channels: int, hidden: int = 64, zero_init: bool = True) -> None:
+    def __init__(
+        self,
+        channels: int,
+        hidden: int = 64,
+        zero_init: bool = True,
+        authors_init: bool = False,
+    ) -> None:
         super().__init__()
         hidden = min(hidden, channels)
-        self.zero_init = zero_init
+        self.zero_init, self.authors_init = zero_init, authors_init
         # A group norm with one group would mix pixels: the layer norm is over channels alone.
         self.norm = nn.LayerNorm(channels)
         self.norm_scale = nn.Parameter(torch.empty(channels, 1, 1))
@@ -55,9 +64,13 @@ class Mona(Prompt):
         nn.init.constant_(self.norm_scale, 1e-6)
         nn.init.ones_(self.scale)
         for layer in (self.down, *self.filters, self.mix, self.up):
-            kaiming_init(layer)
+            if self.authors_init:
+                layer.reset_parameters()
+            else:
+                kaiming_init(layer)
         if self.zero_init:
             nn.init.zeros_(self.up.weight)
+            nn.init.zeros_(self.up.bias)
         self._is_init = True
 
     def forward(self, x: Tensor) -> Tensor:
