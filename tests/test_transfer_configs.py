@@ -134,6 +134,15 @@ def cifar100(root):
     cifar(root, 'cifar-100-python', ['train'], ['test'], 'fine_labels')
 
 
+def vtab1k(root):
+    root = root / 'caltech101'
+    for split, count in (('train800', 40), ('val200', 10), ('test', 30)):
+        names = [f'images/{split}/{i:06d}.jpg' for i in range(count)]
+        text(root / f'{split}.txt', [f'{name} {i % 2}' for i, name in enumerate(names)])
+        for name in names:
+            jpg(root / name)
+
+
 MAKERS = {
     'caltech101': (caltech101, 'caltech-101'),
     'pets': (pets, 'Oxford-IIIT_Pets'),
@@ -146,6 +155,7 @@ MAKERS = {
     'aircraft': (aircraft, 'fgvc-aircraft-2013b'),
     'cifar10': (cifar10, 'cifar10'),
     'cifar100': (cifar100, 'cifar100'),
+    'vtab1k': (vtab1k, 'vtab-1k'),
 }
 """Name of a set to what makes one like it, and its folder below data/."""
 
@@ -160,6 +170,7 @@ def test_reads_its_layout_and_validates_on_no_test_image(name, tmp_path, monkeyp
     cfg = load_config(f'configs/transfer/{name}.py')
     make, folder = MAKERS[set_of(name)]
     make(tmp_path / 'data' / folder)
+    monkeypatch.delenv('VTAB_TASK', raising=False)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr('mmpretrain.datasets.cifar.check_md5', lambda *_: True)
     tail = '-lt' in name
@@ -178,8 +189,8 @@ def test_reads_its_layout_and_validates_on_no_test_image(name, tmp_path, monkeyp
             seen[split] = {
                 info['img_path'] if 'img_path' in info else info['img'].tobytes() for info in infos
             }
-            # Flowers102 has no names.
-            classes = len(dataset.metainfo.get('classes', range(102)))
+            # Flowers102 and the first task of VTAB have no names.
+            classes = len(dataset.metainfo.get('classes') or range(102))
             assert cfg.model.head.num_classes == cfg.data_preprocessor.num_classes == classes
             assert len(seen[split]) == len(dataset) > 0
         evaluator = Evaluator(cfg.test_evaluator)
@@ -187,6 +198,20 @@ def test_reads_its_layout_and_validates_on_no_test_image(name, tmp_path, monkeyp
             assert sum(evaluator.metrics[1].counts.values()) == len(seen['train'])
     assert not seen['train'] & seen['val']
     assert not (seen['train'] | seen['val']) & seen['test']
+
+
+def test_every_task_of_vtab(monkeypatch):
+    config = 'configs/transfer/resnet50_protune_vtab1k.py'
+    tasks = load_config(config).classes
+    assert len(tasks) == 19
+    for task, count in tasks.items():
+        monkeypatch.setenv('VTAB_TASK', task)
+        cfg = load_config(config)
+        assert cfg.train_dataloader.dataset.data_root == f'data/vtab-1k/{task}'
+        assert cfg.model.head.num_classes == cfg.data_preprocessor.num_classes == count
+    monkeypatch.setenv('VTAB_TASK', 'pets')
+    with pytest.raises(ValueError, match="VTAB_TASK='pets' is none of VTAB's tasks: use caltech"):
+        load_config(config)
 
 
 def test_every_config_is_tried():
