@@ -15,6 +15,7 @@ from protune_mm.robustness import (
     MappedAccuracy,
     PixelModel,
     ShotAccuracy,
+    attacks,
     corrupted,
     per_cent,
     robust_accuracy,
@@ -217,6 +218,16 @@ def test_an_attack_stays_within_its_budget(classifier):
 def test_bad_attacks(classifier, arguments, message):
     with pytest.raises(ValueError, match=message):
         robust_accuracy(classifier, [], *arguments)
+
+
+def test_autoattack_is_the_standard_one(classifier):
+    for answers, targets in ((range(5), 4), (range(1000), 9)):
+        parts = attacks._attacker('autoattack', PixelModel(classifier, answers), 0.01).attacks
+        assert [type(part).__name__ for part in parts] == ['APGD', 'APGDT', 'FAB', 'Square']
+        assert [part.steps for part in parts[:3]] == [100, 100, 100]
+        assert [part.n_target_classes for part in parts[1:3]] == [targets, targets]
+        assert parts[3].n_queries == 5000
+        assert {part.eps for part in parts} == {0.01}
 
 
 def test_autoattack_wants_four_classes(classifier):
