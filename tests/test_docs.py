@@ -2,10 +2,13 @@
 
 import re
 
+import cv2
+import numpy as np
 import pytest
 import torch
+from mmengine.evaluator import Evaluator
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, PARAM_SCHEDULERS, DefaultScope
+from mmengine.registry import DATASETS, MODELS, PARAM_SCHEDULERS, DefaultScope
 
 import protune_mm
 from protune_mm import stages
@@ -78,11 +81,19 @@ def test_the_backbone_row_of_the_document_works(monkeypatch):
     assert len(protune_mm.tuned_parameters(tuned)) == 24
 
 
+def anchors(path):
+    """What links to headings of a document are called, as GitHub makes them."""
+    headings = re.findall(r'^#+ (.*)$', path.read_text(), re.M)
+    return {re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings}
+
+
 @pytest.mark.parametrize('path', DOCS, ids=lambda p: p.name)
 def test_links_and_paths_exist(path):
     text = path.read_text()
-    for link in re.findall(r'\]\(([^)#:]+)\)', text):
-        assert (path.parent / link).exists(), link
+    for link, anchor in re.findall(r'\]\(([^)#:]*)#?([^)#:]*)\)', text):
+        target = path.parent / link if link else path
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), f'{link}#{anchor}'
     if path.name == 'coverage.md':
         return  # It quotes messages with paths of other projects.
     for name in re.findall(r'`?((?:tools|configs|tests|docs|protune_mm)/[\w./-]+\.\w+)', text):
@@ -106,7 +117,7 @@ def test_the_configs_of_the_guide_train_what_it_says(tmp_path):
     (warmup,) = blocks('choosing.md', 'PromptWarmup')
     schedulers = {}
     exec(warmup, schedulers)
-    for i, code in enumerate(blocks('choosing.md', '_base_')):
+    for i, code in enumerate(blocks('choosing.md', 'init_cfg')):
         path = folder / f'config{i}.py'
         path.write_text(code)
         cfg = protune_mm.load_config(path)
@@ -129,6 +140,34 @@ def test_the_configs_of_the_guide_train_what_it_says(tmp_path):
         # Blocks of MobileNetV2; two convolutions with biases train.
         assert len(prompts) == 17 * 4
         assert all(p.grad is not None for p in prompts.values())
+
+
+def test_the_data_sets_of_the_guide(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'configs').symlink_to(ROOT / 'configs')
+
+    def load(word):
+        (code,) = blocks('choosing.md', word)
+        path = tmp_path / 'mine.py'
+        path.write_text(code)
+        return protune_mm.load_config(path)
+
+    few = load('protune_mm.FewLabels').train_dataloader.dataset
+    assert (few.type, few.fraction, few.dataset.type) == (
+        'protune_mm.FewLabels',
+        0.1,
+        'CocoDataset',
+    )
+    assert few.dataset.pipeline[-1].type == 'PackDetInputs'
+    for name in ('common daisy', 'roses', 'weeds'):
+        folder = tmp_path / 'data/other' / name
+        folder.mkdir(parents=True)
+        cv2.imwrite(str(folder / 'a.jpg'), np.zeros((40, 40, 3), np.uint8))
+    cfg = load('protune_mm.ClassMap')
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        mapped = DATASETS.build(cfg.test_dataloader.dataset)
+        Evaluator(cfg.test_evaluator)
+    assert [mapped[i]['data_samples'].gt_label.item() for i in range(len(mapped))] == [0, 2]
 
 
 def test_the_study_of_the_guide_loads(tmp_path, monkeypatch):
