@@ -117,7 +117,7 @@ def test_the_configs_of_the_guide_train_what_it_says(tmp_path):
     (warmup,) = blocks('choosing.md', 'PromptWarmup')
     schedulers = {}
     exec(warmup, schedulers)
-    for i, code in enumerate(blocks('choosing.md', 'init_cfg')):
+    for i, code in enumerate(blocks('choosing.md', 'backbone=dict(')):
         path = folder / f'config{i}.py'
         path.write_text(code)
         cfg = protune_mm.load_config(path)
