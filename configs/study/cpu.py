@@ -164,10 +164,11 @@ tasks = {
     ),
 }
 
-# In MobileNetV2 rivals are wider than by the defaults of their papers, which train 2.5 to 6.1 % of the
-# backbone (Mona 14.1 %), so that width alone does not decide: 4.3 to 9.1 %. In the other networks they
-# have the defaults, 1.1 to 6.4 %. ConvAdapter beside every convolution comes before batch norms that
-# multiply by up to a hundred, so it is beside blocks.
+# In MobileNetV2 LoRA, LoRand and ConvAdapter are wider than by the defaults of their papers, which train
+# 2.5 to 6.1 % of the backbone, and Mona is narrower (14.1 %), so that width alone does not decide: all
+# prompts train 4.3 to 9.1 %. In the other networks rivals have the defaults, 1.1 to 6.4 %. ConvAdapter
+# beside every convolution comes before batch norms that multiply by up to a hundred, so it is beside
+# blocks.
 options = dict(
     MobileNetV2={
         'conv-adapter': dict(prompt=dict(beside='block', ratio=2)),
