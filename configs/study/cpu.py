@@ -114,7 +114,7 @@ tasks = {
         fractions=[1.0],
         steps=1000,
         lrs=[1e-2, 3e-2, 6e-2],
-        options={'pro-tuning': dict(prompt=camvid_prompt)},
+        options={'pro-tuning': dict(prompt=camvid_trained)},
     ),
     'fruit': dict(fruit, fractions=[1.0, 0.25]),
     'flowers5-vit': dict(
@@ -161,6 +161,7 @@ tasks = {
             'val_dataloader.dataset.pipeline.1.scale': (256, 192),
             'test_dataloader.dataset.pipeline.1.scale': (256, 192),
         },
+        options={'pro-tuning': dict(prompt=dict(fixed_down=False, scale=1.0))},
     ),
 }
 
