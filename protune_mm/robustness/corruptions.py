@@ -218,7 +218,7 @@ def summary(
     """
     unit = 1 if per_cent else 100
     for score in (clean, *scores.values(), *(baseline or {}).values()):
-        if not 0 <= unit * score <= 100:
+        if not -1e-3 <= unit * score <= 100.001:  # But for rounding.
             raise ValueError(
                 f'a score of {score} is not within 0 and {100 // unit}, so there is no error rate '
                 'of it: use a metric that is'
