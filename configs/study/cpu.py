@@ -114,7 +114,7 @@ tasks = {
         fractions=[1.0],
         steps=1000,
         lrs=[1e-2, 3e-2, 6e-2],
-        options={'pro-tuning': dict(prompt=camvid_trained)},
+        options={'pro-tuning': dict(prompt=camvid_prompt)},
     ),
     'fruit': dict(fruit, fractions=[1.0, 0.25]),
     'flowers5-vit': dict(
