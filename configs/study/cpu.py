@@ -161,7 +161,6 @@ tasks = {
             'val_dataloader.dataset.pipeline.1.scale': (256, 192),
             'test_dataloader.dataset.pipeline.1.scale': (256, 192),
         },
-        options={'pro-tuning': dict(prompt=dict(fixed_down=False, scale=1.0))},
     ),
 }
 
