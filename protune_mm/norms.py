@@ -15,6 +15,6 @@ _OWN = r'(Norm([123][dD])?|GRN)$'
 def is_norm(layer: nn.Module) -> bool:
     """Whether a layer is a norm: torch's, or a network's own, which only its name tells.
 
-    Such are HorNet's ``HorNetLayerNorm``, ``GRN`` of ConvNeXt V2, ``L2Norm`` of SSD.
+    Such are HorNet's ``HorNetLayerNorm``, ``GRN`` of ConvNeXt V2.
     """
     return isinstance(layer, NORMS) or bool(re.search(_OWN, type(layer).__name__))

@@ -38,7 +38,8 @@ def parameters_of(policy: str, module: nn.Module) -> frozenset[str]:
 
     ``'bias'`` is BitFit (arXiv 2106.10199): every bias, those of norms and of queries, keys and
     values included, but no table of relative positions. ``'norm'``: the scale and shift of every
-    norm; batch norms use the statistics of pre-training.
+    norm; batch norms use the statistics of pre-training. The shift of ConvNeXt V2's ``GRN``, its
+    ``beta``, is of the norm alone.
 
     Raises:
         ValueError: the backbone has none.

@@ -115,7 +115,7 @@ def test_summary():
         summary(70.0, scores, True, dict.fromkeys(other, 100.0))
     scores = {key: value / 100 for key, value in scores.items()}
     assert summary(0.7, scores, False) == pytest.approx({'mPC': 0.35, 'rPC': 50, 'mCE': 65})
-    with pytest.raises(ValueError, match=r'a score of 60.0 is not within 0 and 1'):
+    with pytest.raises(ValueError, match=r'the score under fog 1, 60.0, is not within 0 and 1'):
         summary(0.7, {('fog', 1): 60.0}, False)
 
 
@@ -123,10 +123,12 @@ def test_summary():
     ('metric', 'to_100'),
     [
         ('accuracy/top1', True), ('single-label/f1-score', True), ('multi-label/mAP', True),
-        ('mIoU', True), ('mDice', True), ('aAcc', True), ('shots/mean', True),
+        ('mIoU', True), ('retrieval/mAP', True), ('mDice', True), ('aAcc', True),
+        ('shots/mean', True),
         ('coco_panoptic/PQ', True), ('coco/bbox_mAP', False), ('coco/segm_mAP_50', False),
         ('lvis/bbox_AP', False), ('pascal_voc/AP50', False), ('pascal_voc/mAP', False),
-        ('openimages/AP50', False), ('cityscapes/mAP', False), ('crowd_human/AP', False),
+        ('openimages/AP50', False), ('fruit/bbox_mAP', False),
+        ('a/coco/bbox_mAP', False), ('cityscapes/mAP', False), ('crowd_human/AP', False),
     ],
 )  # fmt: skip
 def test_which_scores_go_to_1(metric, to_100):
@@ -386,7 +388,7 @@ def test_the_tool_on_a_classifier(trained_cls, tmp_path):
     (tmp_path / 'larger.json').write_text(json.dumps(held))
     larger = (*common[:-2], *FEW, '--baseline', tmp_path / 'larger.json')
     refused = run_tool('tools/test_robustness.py', *larger, check=False)
-    assert 'larger.json has scores of test images' in refused.stderr
+    assert 'larger.json has another test images: ' in refused.stderr
     assert 'clean:' not in refused.stdout
     more = ('--corruptions', 'snow', '--severities', '1', '--baseline', out)
     lacking = run_tool('tools/test_robustness.py', *common[:-2], *more, check=False)

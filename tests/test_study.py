@@ -178,7 +178,7 @@ def test_scenarios(study):
         (dict(), ('--run', 'small lorra 1 0.1 0'), 'has the tasks small; methods are full,'),
         (dict(classifier='one_split'), ('--run', 'small lora 1 0.1 0'), 'give them images of'),
         (dict(classifier='one_split'), (), 'give them images of'),
-        (dict(fractions=(0.05,)), (), 'fraction=0.05 leaves no image of class'),
+        (dict(fractions=(0.05,)), (), "task 'small', fraction 0.05, seed 0: fraction=0.05 leaves"),
         (
             {'steps=3': 'steps=3, scenarios=dict(attacks=dict(autoattack=[1]))'},
             ('--run', 'small lora 1 0.1 0'),
@@ -205,7 +205,8 @@ def test_bad_input(study, tmp_path, change, more, message):
     assert done.returncode
     assert message in done.stderr
     assert 'Traceback' not in done.stderr
-    assert not list((tmp_path / 'out').glob('*')), 'told before the first run'
+    assert 'runs failed' not in done.stderr, 'told before the first run'
+    assert not list((tmp_path / 'out').glob('*'))
 
 
 @pytest.mark.parametrize(

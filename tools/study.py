@@ -80,6 +80,7 @@ def main() -> None:
         parser.error(f'{args.study} has none of these methods and fractions in these tasks')
     settings = {run.key: study.setting(run) for run in planned}
     results = StudyResults(out / args.results, args.jobs, settings)
+    print(f'{results.path}: {len(results.known)} of {len(planned)} runs are there', flush=True)
     if not args.table:
         study.check_ready(dict.fromkeys(run.task for run in runs))
         check_data(study, [run for run in runs if run.key not in results.known])
@@ -87,6 +88,8 @@ def main() -> None:
     lines = [line for row in results.known.values() for line in row['lines']]
     if lines:
         write_report(study, lines, out, args.results)
+    elif args.table:
+        parser.error(f'{results.path} has no results of {args.study}: name their folder by --out')
     if results.failed:
         key, reason = next(iter(results.failed.items()))
         sys.exit(

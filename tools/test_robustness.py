@@ -72,13 +72,15 @@ def main() -> None:
         corrupted(cfg.test_dataloader, args.corruptions[0], 0)
         Corrupt(args.corruptions[0], 1)
         wanted = itertools.product(args.corruptions, args.severities)
-        summary(1.0, dict.fromkeys(wanted, 0.0), True, baseline)
+        summary(1.0, dict.fromkeys(wanted, 0.0), per_cent(args.metric), baseline)
 
     def test(dataloader: dict) -> float:
         runner._test_loop = TestLoop(
             runner, runner.build_dataloader(dataloader), runner.build_evaluator(cfg.test_evaluator)
         )
         metrics = runner.test()
+        if args.metric.startswith('coco/') and not any(key.startswith('coco/') for key in metrics):
+            return 0.0  # Of a detector that finds nothing mmdet's metric tells no score at all.
         if args.metric not in metrics:
             parser.error(f'--metric {args.metric}: there are {", ".join(map(str, metrics))}')
         return float(metrics[args.metric])
@@ -104,7 +106,8 @@ def main() -> None:
         scores.note({f'{name}{part}': value for name, value in means.items()})
     for attack in args.attacks:
         # What a smaller budget breaks counts as broken by a larger one, so all belong together.
-        name = f'{attack}, budgets {" ".join(f"{budget:g}" for budget in args.budgets)}'
+        kind = 'standard autoattack' if attack == 'autoattack' else attack
+        name = f'{kind}, budgets {" ".join(f"{budget:g}" for budget in args.budgets)}'
         scores.note(scores.once(name, lambda attack=attack: attacked(attack)))
 
 
@@ -112,7 +115,8 @@ def part_of(corruptions: Sequence[str], severities: Sequence[int]) -> str:
     """What means over some corruptions or severities have in their names; '' for all of them."""
     if {*corruptions} == {*CORRUPTIONS} and len({*severities}) == 5:
         return ''
-    return f' ({", ".join(corruptions)}; severities {", ".join(map(str, severities))})'
+    names = [name for name in CORRUPTIONS if name in corruptions]
+    return f' ({", ".join(names)}; severities {", ".join(map(str, sorted({*severities})))})'
 
 
 def read_baseline(path: str, about: dict) -> dict[tuple[str, int], float]:
@@ -125,7 +129,7 @@ def read_baseline(path: str, about: dict) -> dict[tuple[str, int], float]:
     for key in ('metric', 'test images'):
         theirs = held['about'].get(key, about[key])  # Older files do not tell the images.
         if theirs != about[key]:
-            raise ValueError(f'{path} has scores of {key} {theirs}, here it is {about[key]}')
+            raise ValueError(f'{path} has another {key}: {theirs}, here {about[key]}')
     split = {tuple(name.rsplit(' ', 1)): score for name, score in held['scores'].items()}
     return {(key[0], int(key[1])): score for key, score in split.items() if key[0] in CORRUPTIONS}
 

@@ -98,7 +98,7 @@ variants['inside-fixed-scale1'] = dict(_base_.trained, prompt=fixed)
 variants['inside-fixed-hidden20'] = dict(_base_.trained, prompt=dict(fixed, hidden=20))
 fixes = ['inside-fixed', 'inside-fixed-scale1']
 fixes_camvid = ['inside-fixed', 'inside-fixed-hidden20']
-# Rivals that start as code of their authors does.
+# Rivals that start as code of their authors does, but for the last layer, which is zero in both.
 starts = ['adapter-authors', 'mona-authors']
 variants[starts[0]] = dict(prompt=dict(type='Adapter', authors_init=True))
 variants[starts[1]] = dict(prompt=dict(type='Mona', authors_init=True))

@@ -1,9 +1,11 @@
 # VTAB-1k (arXiv 1910.04867): one of its 19 tasks, 800 images to train on and 200 to validate. The
 # environment variable VTAB_TASK names it, by its folder in the copy of the sets that prompt and adapter
 # papers share: data/vtab-1k/TASK with train800.txt, val200.txt, test.txt (a line: image, label) and
-# images/. When rates and widths are chosen, train on all thousand:
+# images/. When rates and widths are chosen, train on all thousand and take the last checkpoint, as the
+# images that validate are among them:
 #     VTAB_TASK=dtd python tools/train.py configs/transfer/resnet50_protune_vtab1k.py \
-#         --cfg-options train_dataloader.dataset.ann_file=train800val200.txt
+#         --cfg-options train_dataloader.dataset.ann_file=train800val200.txt \
+#         default_hooks.checkpoint.save_best=None
 _base_ = ['./_base_/resnet50.py']
 
 classes = dict(

@@ -26,9 +26,9 @@ class Mona(Prompt):
         channels: channels C of the block's output.
         hidden: channels of the bottleneck. Default 64, the paper's; at most ``channels``.
         zero_init: start the last convolution at zero. Default True.
-        authors_init: start the other convolutions as copies of the authors' code do, uniform within
-            one over the root of their inputs, biases too, instead of by Kaiming over their outputs
-            without biases: the depth-wise ones are larger so, the others smaller. Default False.
+        authors_init: start all but the last convolution as copies of the authors' code do, uniform
+            within one over the root of their inputs, biases too, instead of by Kaiming over their
+            outputs without biases: depth-wise ones are larger so, others smaller. Default False.
 
     Shape: ``(B, C, H, W) -> (B, C, H, W)``.
     """

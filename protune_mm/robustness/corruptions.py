@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -177,7 +178,7 @@ def _test_pipeline(dataloader: dict) -> tuple[list[dict], int]:
 
 
 _TO_ONE = (
-    'coco/', 'lvis/', 'pascal_voc/', 'openimages/', 'cityscapes/', 'crowd_human/', 'youtube_vis',
+    'coco', 'lvis', 'pascal_voc', 'openimages', 'cityscapes', 'crowd_human', 'dod', 'youtube_vis',
 )  # fmt: skip
 """Prefixes of MMDetection's metrics whose scores go to 1; all others go to 100."""
 
@@ -186,9 +187,12 @@ def per_cent(metric: str) -> bool:
     """Whether the scores of a metric go to 100, such as accuracy, rather than to 1, such as AP.
 
     Args:
-        metric: its whole name, such as ``'accuracy/top1'``, ``'coco/bbox_mAP'``, ``'mIoU'``.
+        metric: its whole name, such as ``'accuracy/top1'``, ``'coco/bbox_mAP'``, ``'mIoU'``; with
+            another prefix its last part tells, and one prefix may stand before another.
     """
-    return not metric.startswith(_TO_ONE)
+    *prefixes, last = metric.split('/')
+    to_one = any(prefix.startswith(_TO_ONE) and 'panoptic' not in prefix for prefix in prefixes)
+    return not (to_one or re.match(r'(bbox|segm|proposal)_m?A[PR]', last))
 
 
 def summary(
@@ -217,10 +221,19 @@ def summary(
             of range.
     """
     unit = 1 if per_cent else 100
-    for score in (clean, *scores.values(), *(baseline or {}).values()):
+    named = {'the clean score': clean}
+    named |= {
+        f'the score under {name} {severity}': scores[name, severity] for name, severity in scores
+    }
+    named |= {
+        f"the baseline's score under {name} {severity}": baseline[name, severity]
+        for name, severity in scores
+        if baseline and (name, severity) in baseline
+    }
+    for which, score in named.items():
         if not -1e-3 <= unit * score <= 100.001:  # But for rounding.
             raise ValueError(
-                f'a score of {score} is not within 0 and {100 // unit}, so there is no error rate '
+                f'{which}, {score}, is not within 0 and {100 // unit}, so there is no error rate '
                 'of it: use a metric that is'
             )
     performance = mean(scores.values())

@@ -225,8 +225,13 @@ def check_data(study: Study, runs: Iterable[Run]) -> None:
         ValueError: a fraction leaves a class empty, or two splits have an image in common.
     """
     first = {(run.task, run.fraction, run.seed): run for run in runs}
+    print(f'looking at the data of {len(first)} tasks, fractions and seeds', flush=True)
     for run in first.values():
-        check_apart(config_of(study, run, ''), run.task)
+        try:
+            check_apart(config_of(study, run, ''), run.task)
+        except ValueError as error:
+            where = f"task '{run.task}', fraction {run.fraction:g}, seed {run.seed}"
+            raise ValueError(f'{where}: {error}') from error
 
 
 def is_finite(model: BaseModel) -> bool:
