@@ -62,6 +62,7 @@ def main() -> None:
             f'{", ".join(methods)}'
         )
     if one:
+        check_data(study, [one])
         for line in train(args.study, args.run)['lines']:
             print(json.dumps(line))
         return
@@ -83,6 +84,7 @@ def main() -> None:
     print(f'{results.path}: {len(results.known)} of {len(planned)} runs are there', flush=True)
     if not args.table:
         study.check_ready(dict.fromkeys(run.task for run in runs))
+        print('looking at the data of all tasks', flush=True)
         check_data(study, [run for run in runs if run.key not in results.known])
         results.work(functools.partial(train, args.study), [run.key for run in runs])
     lines = [line for row in results.known.values() for line in row['lines']]

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from mmengine.config import Config
 from mmengine.runner import TestLoop
+from torch.utils.data import DataLoader
 
 from protune_mm import cli
 from protune_mm.robustness import (
@@ -30,6 +31,7 @@ from protune_mm.robustness import (
     Corrupt,
     check_attack,
     corrupted,
+    found_nothing,
     per_cent,
     summary,
 )
@@ -74,13 +76,13 @@ def main() -> None:
         wanted = itertools.product(args.corruptions, args.severities)
         summary(1.0, dict.fromkeys(wanted, 0.0), per_cent(args.metric), baseline)
 
-    def test(dataloader: dict) -> float:
+    def test(dataloader: DataLoader | dict) -> float:
         runner._test_loop = TestLoop(
             runner, runner.build_dataloader(dataloader), runner.build_evaluator(cfg.test_evaluator)
         )
         metrics = runner.test()
-        if args.metric.startswith('coco/') and not any(key.startswith('coco/') for key in metrics):
-            return 0.0  # Of a detector that finds nothing mmdet's metric tells no score at all.
+        if found_nothing(args.metric, metrics):
+            return 0.0
         if args.metric not in metrics:
             parser.error(f'--metric {args.metric}: there are {", ".join(map(str, metrics))}')
         return float(metrics[args.metric])
@@ -89,7 +91,7 @@ def main() -> None:
         runner._test_loop = AttackLoop(runner, loader, attack, [b / 255 for b in args.budgets])
         return runner.test()
 
-    clean = scores.once('clean', lambda: test(cfg.test_dataloader))
+    clean = scores.once('clean', lambda: test(loader))
     found = {}
     for name in () if args.no_corruptions else args.corruptions:
         for severity in args.severities:

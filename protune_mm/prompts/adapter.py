@@ -51,11 +51,12 @@ class Adapter(Prompt):
 
     def init_weights(self) -> None:
         """Set the start: Kaiming for ``down``, zero (or Kaiming) for ``up``, no biases."""
-        kaiming_init(self.down)
-        kaiming_init(self.up)
         if self.authors_init:
             self.down.reset_parameters()
             nn.init.zeros_(self.down.bias)
+        else:
+            kaiming_init(self.down)
+        kaiming_init(self.up)
         if self.zero_init:
             nn.init.zeros_(self.up.weight)
         self._is_init = True

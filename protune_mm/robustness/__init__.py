@@ -10,7 +10,15 @@ from .attacks import (
     robust_accuracy,
 )
 from .class_map import ClassMap, MappedAccuracy
-from .corruptions import CORRUPTIONS, Corrupt, after_loading, corrupted, per_cent, summary
+from .corruptions import (
+    CORRUPTIONS,
+    Corrupt,
+    after_loading,
+    corrupted,
+    found_nothing,
+    per_cent,
+    summary,
+)
 from .shots import ShotAccuracy
 
 __all__ = [
@@ -27,6 +35,7 @@ __all__ = [
     'check_attack',
     'check_budgets',
     'corrupted',
+    'found_nothing',
     'per_cent',
     'robust_accuracy',
     'summary',

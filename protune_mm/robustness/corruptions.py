@@ -177,9 +177,10 @@ def _test_pipeline(dataloader: dict) -> tuple[list[dict], int]:
     return dataset['pipeline'], loads[0] + 1 if loads else 0
 
 
-_TO_ONE = (
-    'coco', 'lvis', 'pascal_voc', 'openimages', 'cityscapes', 'crowd_human', 'dod', 'youtube_vis',
-)  # fmt: skip
+_TO_ONE = {
+    'coco', 'lvis', 'lvis_fixed_ap', 'pascal_voc', 'openimages', 'cityscapes', 'crowd_human', 'dod',
+    'youtube_vis',
+}  # fmt: skip
 """Prefixes of MMDetection's metrics whose scores go to 1; all others go to 100."""
 
 
@@ -191,8 +192,13 @@ def per_cent(metric: str) -> bool:
             another prefix its last part tells, and one prefix may stand before another.
     """
     *prefixes, last = metric.split('/')
-    to_one = any(prefix.startswith(_TO_ONE) and 'panoptic' not in prefix for prefix in prefixes)
-    return not (to_one or re.match(r'(bbox|segm|proposal)_m?A[PR]', last))
+    ap = re.match(r'(bbox|segm|proposal)_m?A[PR]', last)
+    return not (_TO_ONE.intersection(prefixes) or ap)
+
+
+def found_nothing(metric: str, scores: Mapping[str, float]) -> bool:
+    """Whether a detector found nothing in any image: mmdet's metric tells no score at all then."""
+    return metric.startswith('coco/') and not any(key.startswith('coco/') for key in scores)
 
 
 def summary(
@@ -221,21 +227,9 @@ def summary(
             of range.
     """
     unit = 1 if per_cent else 100
-    named = {'the clean score': clean}
-    named |= {
-        f'the score under {name} {severity}': scores[name, severity] for name, severity in scores
-    }
-    named |= {
-        f"the baseline's score under {name} {severity}": baseline[name, severity]
-        for name, severity in scores
-        if baseline and (name, severity) in baseline
-    }
-    for which, score in named.items():
-        if not -1e-3 <= unit * score <= 100.001:  # But for rounding.
-            raise ValueError(
-                f'{which}, {score}, is not within 0 and {100 // unit}, so there is no error rate '
-                'of it: use a metric that is'
-            )
+    _check_range('the clean score', clean, unit)
+    for (name, severity), score in scores.items():
+        _check_range(f'the score under {name} {severity}', score, unit)
     performance = mean(scores.values())
     found = {
         'mPC': performance,
@@ -248,6 +242,10 @@ def summary(
         ]
         if lacking:
             raise ValueError(f'the baseline has no score under {lacking[0]}: test it there, too')
+        for name, severity in scores:
+            _check_range(
+                f"the baseline's score under {name} {severity}", baseline[name, severity], unit
+            )
         ratios = []
         for corruption in dict.fromkeys(name for name, _ in scores):
             keys = [key for key in scores if key[0] == corruption]
@@ -259,3 +257,11 @@ def summary(
             ratios.append(100 * errors / others)
         found['mCE over baseline'] = mean(ratios)
     return found
+
+
+def _check_range(which: str, score: float, unit: int) -> None:
+    if not -1e-3 <= unit * score <= 100.001:  # But for rounding.
+        raise ValueError(
+            f'{which}, {score}, is not within 0 and {100 // unit}, so there is no error rate of '
+            'it: use a metric that is'
+        )

@@ -14,6 +14,7 @@ from protune_mm.robustness import (
     after_loading,
     check_attack,
     corrupted,
+    found_nothing,
     per_cent,
     summary,
 )
@@ -91,9 +92,7 @@ def score(found: dict, metric: str, run: Run) -> float:
     Raises:
         ValueError: it is not among them, or no number.
     """
-    # Of a detector that finds nothing in any image mmdet's metric tells no score at all.
-    silent = metric.startswith('coco/') and not any(key.startswith('coco/') for key in found)
-    value = float(found.get(metric, 0.0 if silent else math.nan))
+    value = 0.0 if found_nothing(metric, found) else float(found.get(metric, math.nan))
     if not math.isfinite(value):
         there = ', '.join(f'{key} {value}' for key, value in found.items())
         raise ValueError(f"task '{run.task}': no score {metric}: there are {there}")

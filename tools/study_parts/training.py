@@ -81,10 +81,6 @@ class StepTime(Hook):
         return round(statistics.median(self.steps[2:]), 4) if len(self.steps) > 2 else None
 
 
-apart: set[tuple] = set()
-"""Studies, tasks, fractions and seeds whose splits have no image in common."""
-
-
 @functools.cache
 def study_of(path: str) -> Study:
     """A study's file, read once a process."""
@@ -92,7 +88,7 @@ def study_of(path: str) -> Study:
 
 
 def train(path: str, key: str) -> dict:
-    """Do one run.
+    """Do one run, whose data :func:`check_data` has seen.
 
     Args:
         path: the study's file.
@@ -109,9 +105,6 @@ def train(path: str, key: str) -> dict:
     plain = mock.patch('mmengine.config.config.FormatCode', lambda text, **_: (text, True))
     with tempfile.TemporaryDirectory(prefix='study_') as work, plain:
         cfg = config_of(study, run, work)
-        if (path, run.task, run.fraction, run.seed) not in apart:
-            check_apart(cfg, run.task)
-            apart.add((path, run.task, run.fraction, run.seed))
         runner = cli.build_runner(cfg)
         check_scenarios(runner, task)
         if task.get('channels_last'):
@@ -225,7 +218,6 @@ def check_data(study: Study, runs: Iterable[Run]) -> None:
         ValueError: a fraction leaves a class empty, or two splits have an image in common.
     """
     first = {(run.task, run.fraction, run.seed): run for run in runs}
-    print(f'looking at the data of {len(first)} tasks, fractions and seeds', flush=True)
     for run in first.values():
         try:
             check_apart(config_of(study, run, ''), run.task)
