@@ -211,6 +211,18 @@ def test_tools_end_in_one_line(arguments, message):
     assert 'Traceback' not in done.stderr
 
 
+def test_a_config_that_refuses_its_values_ends_in_one_line(tmp_path):
+    child = tmp_path / 'child.py'
+    child.write_text(
+        f"_base_ = ['{ROOT}/configs/retinanet_protune_r50_coco.py']\n"
+        "raise ValueError('no task of that name')\n"
+    )
+    done = run_tool('tools/inspect_model.py', child, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == f'error: {child}, line 2: no task of that name'
+    assert 'Traceback' not in done.stderr
+
+
 def test_a_coco_folder_with_a_missing_file_is_named(tmp_path, shapes):
     broken = tmp_path / 'shapes'
     shutil.copytree(shapes, broken)
