@@ -22,7 +22,7 @@ from .frozen import (
     unwrapped,
 )
 from .identity import digest
-from .prompts.pro_tuning import fixed_layers
+from .prompts.convs import fixed_layers
 from .registry import HOOKS
 from .report import parameter_line
 

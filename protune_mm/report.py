@@ -6,7 +6,7 @@ from torch import nn
 
 from .features import Beside, Inside
 from .frozen import backbones, prompts, tuned_parameters
-from .prompts.pro_tuning import fixed_layers
+from .prompts.convs import fixed_layers
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:

@@ -48,7 +48,7 @@ from .frozen import (
 from .hooks import FiniteLossHook, has_mean_teacher
 from .identity import KEY, fingerprint, identifying
 from .optim import wrap_constructor
-from .prompts.pro_tuning import fixed_layers
+from .prompts.convs import fixed_layers
 from .registry import HOOKS, RUNNERS, STRATEGIES
 from .report import parameter_line
 from .resume import ExactResumeHook, PreemptionHook, unsignalled

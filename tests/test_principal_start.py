@@ -13,7 +13,7 @@ from torch import nn
 import protune_mm
 from protune_mm.frozen import prompts
 from protune_mm.prompts import ProTuningBlock
-from protune_mm.prompts.pro_tuning import fixed_layers
+from protune_mm.prompts.convs import fixed_layers
 from tests.processes import ROOT, environment
 
 

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Kept:
@@ -173,3 +173,44 @@ class Rebuilding:
 
 def _address(tensor: Tensor) -> tuple:
     return tensor.data_ptr(), tensor.numel(), tensor.dtype
+
+
+REBUILDABLE = (nn.Identity, nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.GroupNorm, nn.LayerNorm)
+"""Layers that keep their input anyway and whose output follows from it alone.
+
+ReLU keeps its output, which the next convolution keeps too, and batch norm has statistics.
+"""
+
+
+def apply_rebuildable(
+    layer: nn.Module, x: Tensor, recipe: Recipe | None
+) -> tuple[Tensor, Recipe | None]:
+    """Apply a layer whose input is rebuilt, and say how to rebuild its output.
+
+    Args:
+        layer: a normalization or activation.
+        x: its input.
+        recipe: how to rebuild ``x``; None: it is kept.
+
+    Returns:
+        tuple: the output, and its recipe, or None where it has to be kept.
+    """
+    if type(layer) is nn.Identity:
+        return x, recipe
+    if type(layer) not in REBUILDABLE or getattr(layer, 'inplace', False):
+        return layer(x), None
+    base = Kept(x) if recipe is None else None
+    kind, enabled = x.device.type, torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(kind)
+
+    def make() -> list[Tensor]:
+        source = base.get() if recipe is None else recipe.take(0)
+        with torch.autocast(kind, dtype=dtype, enabled=enabled):
+            return [layer(source)]
+
+    if recipe is None:
+        return layer(x), Recipe(make, 0, 0)
+    with Rebuilding(recipe) as saved:
+        out = layer(x)
+        saved.let_go(x)
+    return out, Recipe(make, 0, 0)

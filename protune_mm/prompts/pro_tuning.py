@@ -13,11 +13,10 @@ from mmengine.model import BaseModule, kaiming_init
 from torch import Tensor, nn
 
 from ..lean.derived import tracing
-from ..lean.functions import FrozenConv2d
-from ..lean.layers import compute_dtype, keeps, without_casts
-from ..lean.rebuild import Kept, Rebuilding, Recipe, hooked
-from ..ops.depthwise import depthwise
+from ..lean.layers import keeps
+from ..lean.rebuild import Rebuilding, apply_rebuildable, hooked
 from ..registry import PROMPTS
+from .convs import DepthwiseConv2d, FixedConv2d, ScaledConv2d
 
 
 @PROMPTS.register_module()
@@ -259,71 +258,6 @@ class ProTuningBlock(BaseModule):
         return out
 
 
-class FixedConv2d(nn.Conv2d):
-    """Convolution that is set once and never trained: its weight and bias are buffers.
-
-    Shape: as of :class:`torch.nn.Conv2d`.
-    """
-
-    def __init__(self, *args: object, **options: object) -> None:
-        super().__init__(*args, **options)
-        for name, value in list(self._parameters.items()):
-            delattr(self, name)
-            self.register_buffer(name, None if value is None else value.detach())
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply it in the dtype of ``x``: FSDP's mixed precision casts parameters only."""
-        return self._conv_forward(x, *as_computed(x, self.weight, self.bias))
-
-    def without_input(self, x: Tensor) -> Tensor:
-        """Apply it, and keep its weight alone for backward."""
-        if not keeps(x) or tracing() or hooked():
-            return self(x)
-        x, weight, bias = as_computed(x, x, self.weight, self.bias)
-        geometry = (self.stride, self.padding, self.dilation, self.groups)
-        with without_casts(x):
-            return FrozenConv2d.apply(x, weight, bias, geometry)
-
-
-def as_computed(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
-    """Tensors, or none, in the dtype in which a convolution of ``x`` computes."""
-    dtype = compute_dtype(x)
-    return [None if t is None else t.to(dtype) for t in tensors]
-
-
-def fixed_layers(prompt: nn.Module) -> dict[str, FixedConv2d]:
-    """Dotted name to convolution of those in a prompt that are set once and never trained."""
-    return {name: layer for name, layer in prompt.named_modules() if isinstance(layer, FixedConv2d)}
-
-
-class ScaledConv2d(nn.Conv2d):
-    """Convolution times a factor.
-
-    Shape: as of :class:`torch.nn.Conv2d`.
-    """
-
-    def forward(self, x: Tensor, scale: float | Tensor = 1.0) -> Tensor:
-        """Multiply the input, which has few channels, in place of the output."""
-        if not isinstance(scale, Tensor) and scale == 1.0:
-            return super().forward(x)
-        return self._conv_forward(x * scale, self.weight, self.bias * scale)
-
-
-class DepthwiseConv2d(nn.Conv2d):
-    """Depth-wise convolution that runs :func:`protune_mm.ops.depthwise.depthwise`.
-
-    Shape: ``(B, C, H, W) -> (B, C, H, W)``.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
-        if not x.is_cuda:
-            return super().forward(x)
-        cast = as_computed(x, x, self.weight, self.bias)
-        with without_casts(cast[0]):
-            return depthwise(*cast)
-
-
 def some_pixels(x: Tensor, most: int = 2048) -> Tensor:
     """Evenly spread pixels (N, C) of maps (B, C, H, W), as float32; only these are copied."""
     height, width = x.shape[2:]
@@ -331,44 +265,3 @@ def some_pixels(x: Tensor, most: int = 2048) -> Tensor:
     chosen = torch.linspace(0, total - 1, min(total, most), device=x.device).long()
     image, place = chosen // (height * width), chosen % (height * width)
     return x[image, :, place // width, place % width].float()
-
-
-REBUILDABLE = (nn.Identity, nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.GroupNorm, nn.LayerNorm)
-"""Layers that keep their input anyway and whose output follows from it alone.
-
-ReLU keeps its output, which the next convolution keeps too, and batch norm has statistics.
-"""
-
-
-def apply_rebuildable(
-    layer: nn.Module, x: Tensor, recipe: Recipe | None
-) -> tuple[Tensor, Recipe | None]:
-    """Apply a layer whose input is rebuilt, and say how to rebuild its output.
-
-    Args:
-        layer: a normalization or activation.
-        x: its input.
-        recipe: how to rebuild ``x``; None: it is kept.
-
-    Returns:
-        tuple: the output, and its recipe, or None where it has to be kept.
-    """
-    if type(layer) is nn.Identity:
-        return x, recipe
-    if type(layer) not in REBUILDABLE or getattr(layer, 'inplace', False):
-        return layer(x), None
-    base = Kept(x) if recipe is None else None
-    kind, enabled = x.device.type, torch.is_autocast_enabled(x.device.type)
-    dtype = torch.get_autocast_dtype(kind)
-
-    def make() -> list[Tensor]:
-        source = base.get() if recipe is None else recipe.take(0)
-        with torch.autocast(kind, dtype=dtype, enabled=enabled):
-            return [layer(source)]
-
-    if recipe is None:
-        return layer(x), Recipe(make, 0, 0)
-    with Rebuilding(recipe) as saved:
-        out = layer(x)
-        saved.let_go(x)
-    return out, Recipe(make, 0, 0)
