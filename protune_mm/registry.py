@@ -36,7 +36,7 @@ HOOKS = Registry(
         'protune_mm.checkpoints',
         'protune_mm.files',
         'protune_mm.resume',
-        'protune_mm.sharded',
+        'protune_mm.sharded_runner',
         'protune_mm.show',
     ],
 )
@@ -53,7 +53,7 @@ RUNNERS = Registry(
     'runner',
     parent=MMENGINE_RUNNERS,
     scope='protune_mm',
-    locations=['protune_mm.runner', 'protune_mm.sharded'],
+    locations=['protune_mm.runner', 'protune_mm.sharded_runner'],
 )
 STRATEGIES = Registry(
     'strategy', parent=MMENGINE_STRATEGIES, scope='protune_mm', locations=['protune_mm.sharded']
