@@ -167,9 +167,11 @@ def run(main: Callable[[], None]) -> None:
 
 def _raised_by_config(error: Exception) -> str:
     """File and line of the ``raise`` of a config that refuses what it was given, else ''."""
-    frame, line = list(traceback.walk_tb(error.__traceback__))[-1]
-    # mmengine runs a config's lines with globals of its own, where no module's name is.
-    there = not frame.f_globals.get('__name__') and isinstance(error, ValueError)
+    frames = list(traceback.walk_tb(error.__traceback__))
+    frame, line = frames[-1]
+    # mmengine runs a config's lines with globals of their own, where no module's name is.
+    reading = any(f.f_code.co_name in ('_file2dict', '_parse_lazy_import') for f, _ in frames)
+    there = reading and not frame.f_globals.get('__name__') and isinstance(error, ValueError)
     return f'{frame.f_code.co_filename}, line {line}: ' if there else ''
 
 

@@ -42,7 +42,7 @@ options = {
 in_camvid = {'pro-tuning': dict(prompt=_base_.camvid_trained)}
 half = dict(every=2)
 # In so many steps the head needs no such rate as in cpu.py's 250: these are the multipliers of the
-# long trainings in docs/real_runs.
+# long trainings in docs/real_runs. ViT-S keeps those of cpu.py.
 segment = dict(dense, scenarios=half, lrs=[1e-3, 3e-3, 1e-2], prompt_lr_mult=0.3, full_lr_mult=0.1)
 tasks = {
     'flowers5-robust': dict(classify, lrs=[3e-4, 1e-3, 3e-3, 1e-2]),
