@@ -157,22 +157,12 @@ def run(main: Callable[[], None]) -> None:
     except Exception as error:
         if os.environ.get(DEBUG) == '1' or not _is_bad_input(error):
             raise
-        print(f'error: {_raised_by_config(error)}{error}', file=sys.stderr)
+        print(f'error: {error}', file=sys.stderr)
         sys.exit(2)
     # Only now is nothing left of `main`, whose model holds on to the group.
     _leave_group()
     if stopped is not None:
         sys.exit(stopped)
-
-
-def _raised_by_config(error: Exception) -> str:
-    """File and line of the ``raise`` of a config that refuses what it was given, else ''."""
-    frames = list(traceback.walk_tb(error.__traceback__))
-    frame, line = frames[-1]
-    # mmengine runs a config's lines with globals of their own, where no module's name is.
-    reading = any(f.f_code.co_name in ('_file2dict', '_parse_lazy_import') for f, _ in frames)
-    there = reading and not frame.f_globals.get('__name__') and isinstance(error, ValueError)
-    return f'{frame.f_code.co_filename}, line {line}: ' if there else ''
 
 
 def _is_bad_input(error: Exception) -> bool:
@@ -185,7 +175,7 @@ def _is_bad_input(error: Exception) -> bool:
     tools = Path(sys.argv[0]).resolve().parent
     file = raised_in.get('__file__')
     beside = file is not None and tools in Path(file).resolve().parents[:2]
-    ours = name.startswith('protune_mm.') or beside or bool(_raised_by_config(error))
+    ours = name.startswith('protune_mm.') or beside
     return (ours and isinstance(error, ValueError | TypeError | RuntimeError)) or (
         isinstance(error, FileNotFoundError | ModuleNotFoundError) and not running
     )

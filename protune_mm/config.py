@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -186,9 +187,16 @@ def load_config(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: see :func:`resolve`.
+        ValueError: see :func:`resolve`; or the config itself refuses what it was given.
     """
-    cfg = _read(str(path))
+    try:
+        cfg = _read(str(path))
+    except ValueError as error:
+        raised_at, line = list(traceback.walk_tb(error.__traceback__))[-1]
+        # mmengine runs a config's lines with globals of their own, where no module's name is.
+        if raised_at.f_globals.get('__name__'):
+            raise
+        raise ValueError(f'{raised_at.f_code.co_filename}, line {line}: {error}') from error
     cfg.merge_from_dict(cfg_options or {})
     resolve(cfg)
     return protune_config(cfg, **options) if protune else cfg

@@ -157,17 +157,20 @@ one_rate = dict(_base_.tasks['flowers5-vit'], lrs=[3e-4, 1e-3, 3e-3], methods=vi
 del one_rate['full_lr_mult'], one_rate['options']
 tasks['flowers5-vit-scale'] = one_rate
 tasks['flowers5-vit-one-rate'] = dict(
-    one_rate, methods=['full', 'last-k', 'adapter', 'conv-adapter', 'lora', 'mona', 'lorand']
-)
-# A look, one seed, at a tenth of the head's rate for those that have all of it.
-tasks['flowers5-vit-low-rate'] = dict(
-    one_rate, lrs=[1e-2], prompt_lr_mult=0.1, methods=['pro-tuning', 'bias', 'norm']
+    one_rate, methods=['full', *_base_.tasks['flowers5-vit']['options']]
 )
 tasks['fruit-scale'] = dict(_base_.tasks.fruit, fractions=[1.0], methods=two)
 # A study may give a task more seeds: what these choose has those of all, but for the drop rate with
 # few labels, which came last and has others.
 tasks = {'_delete_': True} | {name: dict(task, seeds=_base_.seeds) for name, task in tasks.items()}
-tasks['flowers5-vit-low-rate']['seeds'] = [0]
+# A look, one seed, at a tenth of the head's rate for those that have all of it.
+tasks['flowers5-vit-low-rate'] = dict(
+    one_rate,
+    seeds=[0],
+    lrs=[1e-2],
+    prompt_lr_mult=0.1,
+    methods=['pro-tuning', 'bias', 'norm'],
+)
 tasks['flowers5-drop'] = dict(tasks['flowers5-scale'], methods=drops, seeds=[3, 4, 5, 6, 7])
 tasks['fruit-drop'] = dict(
     tasks['fruit-scale'], fractions=[0.25, 1.0], lrs=[1e-3], methods=drops[::2]
