@@ -7,7 +7,7 @@ note = (
     'them are attacked.\n`full-frozen0` leaves the first convolution frozen, `full-frozen3` the '
     'first three stages as well; `inside-hidden32`\nand `inside-principal-scale2` and `-scale3` are '
     '`inside-principal` wider and at larger scales; LoRA has rank 12 and a factor of one.\n'
-    '[What came of it](../findings.md#attacks-in-longer-trainings).'
+    '[What came of it](../longer.md#attacks-in-longer-trainings).'
 )
 
 _prompt = _base_.trained.prompt

@@ -8,7 +8,7 @@ note = (
     'and three stages frozen; `inside-principal-scale2` and `-scale3` are\n`inside-principal` at '
     'larger scales; LoRA has rank 12 and a factor of one. Sixteen runs shared one GPU, so "time" '
     'is of a GPU that others used as well.\n'
-    '[What came of it](../findings.md#attacks-in-longer-trainings).'
+    '[What came of it](../longer.md#attacks-in-longer-trainings).'
 )
 
 methods = [

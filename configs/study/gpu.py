@@ -13,7 +13,7 @@ note = (
     'Pro-tuning here is the older form, whose first convolution trains as well.\n'
     'LoRA lacks the third seed of flowers5-robust at 3e-3, its best rate with two, and at 1e-2: its '
     'lines there are of 1e-3.\n'
-    '[What came of it](../findings.md#longer-trainings).'
+    '[What came of it](../longer.md#longer-trainings).'
 )
 classify = dict(_base_.flowers5_224, seeds=[0, 1, 2], few_steps=300)
 dense = dict(
