@@ -3,10 +3,10 @@
 from .checkpoints import tuned_state_dict
 from .config import load_config, overlay, protune_config
 from .factory import ProTuned
-from .frozen import tuned_parameters
 from .inject import protune
 from .merge import merge
 from .prompt_sets import PromptSets
+from .tuned import tuned_parameters
 from .version import __version__
 
 __all__ = [

@@ -12,16 +12,10 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from .base_weights import origin_of, own_files, provide, whole_address
-from .frozen import (
-    backbones,
-    check_tuned,
-    frozen_keys,
-    frozen_tensors,
-    is_teacher,
-    unwrapped,
-)
+from .frozen import check_tuned
 from .identity import KEY, Identity
 from .registry import HOOKS
+from .tuned import backbones, frozen_keys, frozen_tensors, is_teacher, unwrapped
 
 INFO = 'protune_mm'
 """Key of a checkpoint: names of what trained, and the random state."""

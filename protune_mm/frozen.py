@@ -1,116 +1,37 @@
-"""What a Pro-tuned backbone is: frozen exactly, but for its prompts.
-
-:func:`tuned_parameters` is the one definition of "tuned"; freezing, optimizer, guard and reports
-all use it.
-"""
+"""How a backbone is and stays frozen, exactly, but for what trains in it."""
 
 from __future__ import annotations
 
-import itertools
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from mmengine.logging import print_log
-from mmengine.model import BaseTTAModel, is_model_wrapper
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_map
 
 from .base_weights import provide, wrong_base
 from .identity import Identity, fingerprint, identifying
-from .lean import LeanOptions, forget, inputs_channels_last, link, to_stock
+from .lean import forget, inputs_channels_last, link, to_stock
+from .prompted import PromptedBlock, choice, plain_maps, sets_of, show_plain
 from .stages import find_family
 from .subclass import add_mixin, stock_type
-from .weights import LoadRecord
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a backbone was Pro-tuned; equal options make :func:`protune_mm.protune` idempotent."""
-
-    stages: str | list[str] | None
-    prompt: dict
-    lean: LeanOptions | None
-    policy: str
-    require_weights: bool
-    affine: bool = False
-
-
-@dataclass
-class State:
-    """What a Pro-tuned backbone knows about itself.
-
-    Attributes:
-        options: how it was Pro-tuned.
-        head: names of its submodules that are a classifier, which trains.
-        blocks: names of the blocks that a policy other than prompts trains.
-        parameters: names of the single parameters that a policy other than prompts trains.
-        loads: which frozen tensors have received weights.
-        initialized: its prompts have been given their start by ``init_weights``.
-        contiguous: it runs on contiguous maps: its forward cannot run on others, or nobody has
-            looked whether it can.
-        base_checkpoint: where its user says that its base lies, for checkpoints without it.
-        origin: where its base came from, where that is known from loading; see
-            :class:`protune_mm.identity.Identity`.
-        placed: what decides what its prompts compute, as checkpoints keep it.
-        places: number of layers and blocks that carry a prompt.
-        told: what the checkpoint that is being loaded says of its base.
-        fingerprint: of its frozen weights, behind what it was computed for.
-    """
-
-    options: Options
-    head: tuple[str, ...] = ()
-    blocks: tuple[str, ...] = ()
-    parameters: frozenset[str] = frozenset()
-    loads: LoadRecord = field(default_factory=LoadRecord)
-    initialized: bool = False
-    contiguous: bool = False
-    base_checkpoint: str | None = None
-    origin: dict = field(default_factory=dict)
-    placed: dict = field(default_factory=dict)
-    places: int = 0
-    told: Identity | None = None
-    fingerprint: tuple = ()
-
-    def pin_fingerprint(self, backbone: nn.Module, known: str) -> None:
-        """Note the fingerprint of a backbone's frozen weights as they are now."""
-        self.fingerprint = (_stamp(identifying(backbone, frozen_tensors(backbone))), known)
-
-
-_plain_maps: ContextVar[list[tuple[Tensor, Tensor]] | None] = ContextVar(
-    'protune_mm_plain_maps', default=None
+from .tuned import (
+    Options,
+    State,
+    forks,
+    frozen_tensors,
+    prompt_parameters,
+    prompts,
+    stamp,
+    trained_blocks,
+    trained_modules,
+    trained_parameters,
+    tuned_state,
 )
-"""Prompted and plain output of each block whose stage shows the plain one, in this forward."""
-
-
-choice: ContextVar[Any] = ContextVar('protune_mm_choice', default=None)
-"""Which prompts this forward pass uses; None: those that the blocks carry."""
-sets_of: WeakKeyDictionary = WeakKeyDictionary()
-"""Backbone to its :class:`protune_mm.prompt_sets.PromptSets`."""
-
-
-class PromptedBlock:
-    """Mixin for the block that carries a prompt, as its child ``prompt``."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Run the stock block and join the prompt to its output."""
-        out = super().forward(*args, **kwargs)
-        site = self._protune_site
-        chosen = choice.get()
-        if chosen is None:
-            joined = site.layout.join(site, self.prompt, out, args, kwargs)
-        else:
-            joined = chosen.join(self, out, args, kwargs)
-        plain = _plain_maps.get()
-        if plain is not None and site.plain:
-            plain.append((joined, out))
-        return joined
+from .weights import LoadRecord
 
 
 class ProTunedBackbone:
@@ -158,11 +79,11 @@ class ProTunedBackbone:
     def _protune_run(self, *args: Any, **kwargs: Any) -> Any:
         if self._protune.options.prompt['features'] == 'prompted':
             return super().forward(*args, **kwargs)
-        token = _plain_maps.set([])
+        token = plain_maps.set([])
         try:
-            return show_plain(self, super().forward(*args, **kwargs), _plain_maps.get())
+            return show_plain(self, super().forward(*args, **kwargs), plain_maps.get())
         finally:
-            _plain_maps.reset(token)
+            plain_maps.reset(token)
 
     def train(self, mode: bool = True) -> nn.Module:
         """Set the mode of the prompts; the frozen part stays in evaluation mode.
@@ -173,7 +94,7 @@ class ProTunedBackbone:
         """
         check_places(self)
         trained = trained_modules(self).values()
-        wanted = {p: p.requires_grad for p in _trained_parameters(self)}
+        wanted = {p: p.requires_grad for p in trained_parameters(self)}
         super().train(False)
         for parameter, requires_grad in wanted.items():
             parameter.requires_grad_(requires_grad)
@@ -211,7 +132,7 @@ class ProTunedBackbone:
     def protune_fingerprint(self) -> str:
         """32 hexadecimal digits that stand for every bit of the frozen weights."""
         found = list(identifying(self, frozen_tensors(self)))
-        if not self._protune.fingerprint or self._protune.fingerprint[0] != _stamp(found):
+        if not self._protune.fingerprint or self._protune.fingerprint[0] != stamp(found):
             self._protune.pin_fingerprint(self, fingerprint(found))
         return self._protune.fingerprint[1]
 
@@ -239,11 +160,6 @@ class ProTunedBackbone:
             for name, tensor in frozen_tensors(self)
             if getattr(state_dict.get(prefix + name), 'shape', tensor.shape) != tensor.shape
         }
-
-
-def _stamp(tensors: Iterable[tuple[str, Tensor]]) -> list[tuple]:
-    """What changes when one of some tensors does."""
-    return [(name, id(t), t.data_ptr(), t._version, t.dtype) for name, t in tensors]
 
 
 def check_tuned(backbone: nn.Module, told: Identity, state_dict: dict, prefix: str) -> None:
@@ -285,36 +201,6 @@ def check_tuned(backbone: nn.Module, told: Identity, state_dict: dict, prefix: s
             raise ValueError(f"the checkpoint has '{name}', which this {kind} has not")
 
 
-def show_plain(backbone: nn.Module, out: Any, plain: list[tuple[Tensor, Tensor]]) -> Any:
-    """What a backbone returns, with the maps of its stages as they are before their prompt.
-
-    Args:
-        backbone: a :class:`ProTunedBackbone` with ``features='plain'``.
-        out: what it returns.
-        plain: prompted and plain output of the blocks at the end of all stages but the last.
-
-    Raises:
-        RuntimeError: it returns none of these outputs itself, but what it computes from them.
-    """
-    replaced = 0
-
-    def replace(x: Any) -> Any:
-        nonlocal replaced
-        for prompted, before in plain:
-            if x is prompted:
-                replaced += 1
-                return before
-        return x
-
-    shown = tree_map(replace, out)
-    if plain and not replaced:
-        raise RuntimeError(
-            f"prompt.features='plain': {type(backbone).__name__} returns no output of a stage "
-            "before the last as it is: use features='prompted'"
-        )
-    return shown
-
-
 def _loads_pretrained(module: nn.Module) -> bool:
     rules = getattr(module, 'init_cfg', None) or []
     rules = [rules] if isinstance(rules, dict) else rules
@@ -330,168 +216,6 @@ def _without_prompts(backbone: nn.Module) -> Iterator[None]:
     finally:
         for block, prompt in zip(blocks, taken, strict=True):
             block._modules['prompt'] = prompt
-
-
-def prompts(model: nn.Module) -> dict[str, nn.Module]:
-    """All prompt modules of a model, in the order of its modules.
-
-    Args:
-        model: any module; Pro-tuned backbones are found inside it.
-
-    Returns:
-        dict[str, nn.Module]: dotted name inside ``model`` to prompt module.
-    """
-    return {
-        f'{name}.prompt'.lstrip('.'): module.prompt
-        for name, module in model.named_modules()
-        if isinstance(module, PromptedBlock) and 'prompt' in module._modules
-    }
-
-
-def prompt_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name to parameter of all prompts of a model, in the order of its modules."""
-    return {
-        f'{name}.{key}': parameter
-        for name, prompt in prompts(model).items()
-        for key, parameter in prompt.named_parameters()
-    }
-
-
-def tuned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name to parameter of all that is tuned in a model's backbones: the one definition of it.
-
-    That is their prompts, or what another policy trains instead (biases, say).
-
-    Args:
-        model: a backbone or anything that contains one, wrapped (DDP, EMA) or not.
-
-    Returns:
-        dict[str, nn.Parameter]: dotted name inside ``model`` to parameter; empty if no prompt.
-    """
-    tuned = prompt_parameters(model)
-    for prefix, backbone in backbones(model).items():
-        state = backbone._protune
-        if not state.parameters and not state.blocks:
-            continue
-        for name, parameter in backbone.named_parameters():
-            inside = any(name.startswith(f'{block}.') for block in state.blocks)
-            if inside or name in state.parameters:
-                tuned[f'{prefix}.{name}'.lstrip('.')] = parameter
-    return tuned
-
-
-def frozen_keys(model: nn.Module) -> set[str]:
-    """Keys of a model's ``state_dict`` that are frozen weights of its backbones.
-
-    A tensor that a model registers twice has two keys.
-    """
-    frozen = {id(tensor) for _, tensor in frozen_tensors(model)}
-    state = model.state_dict(keep_vars=True)
-    return {key for key, tensor in state.items() if id(tensor) in frozen}
-
-
-def tuned_state(backbone: nn.Module) -> dict[str, Tensor]:
-    """What of a backbone's ``state_dict`` is not frozen, as the tensors themselves.
-
-    Args:
-        backbone: a :class:`ProTunedBackbone`.
-    """
-    leave = frozen_keys(backbone)
-    state = backbone.state_dict(keep_vars=True)
-    return {key: tensor for key, tensor in state.items() if key not in leave}
-
-
-def is_teacher(backbone: nn.Module) -> bool:
-    """Whether the prompts of a backbone are frozen from outside: it follows a student.
-
-    An average of its weights with the student's may round those that are frozen.
-    """
-    tuned = tuned_parameters(backbone).values()
-    return bool(tuned) and not any(parameter.requires_grad for parameter in tuned)
-
-
-def unwrapped(model: nn.Module, twin: bool = True) -> nn.Module:
-    """A model without what is around it for distribution or test-time augmentation.
-
-    Args:
-        model: wrapped or not.
-        twin: of a model that FSDP has split, return its twin without data, which has the names and
-            shapes of the whole weights, and not the model that runs. Default True.
-    """
-    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = (twin and model.__dict__.get('protune_twin')) or model.module
-    return model
-
-
-def whole_name(name: str) -> str:
-    """A dotted name as it is in the model before FSDP has wrapped it."""
-    return '.'.join(part for part in name.split('.') if part not in ('', '_fsdp_wrapped_module'))
-
-
-def backbones(model: nn.Module) -> dict[str, nn.Module]:
-    """Dotted name to each frozen backbone (Pro-tuned or head-only) inside a model."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, ProTunedBackbone)}
-
-
-def frozen_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every frozen parameter and buffer: all that backbones hold but what trains.
-
-    Args:
-        model: a backbone or anything that contains one.
-
-    Yields:
-        tuple[str, Tensor]: dotted name inside ``model``, and the tensor itself.
-    """
-    for prefix, backbone in backbones(model).items():
-        skip = trained_modules(backbone)
-        for module_name, module in backbone.named_modules(prefix=prefix):
-            relative = module_name[len(prefix) :].lstrip('.')
-            if any(relative == name or relative.startswith(f'{name}.') for name in skip):
-                continue
-            own = itertools.chain(
-                module.named_parameters(recurse=False), module.named_buffers(recurse=False)
-            )
-            for key, tensor in own:
-                if f'{relative}.{key}'.lstrip('.') in backbone._protune.parameters:
-                    continue
-                yield f'{module_name}.{key}'.lstrip('.'), tensor
-
-
-def heads(backbone: nn.Module) -> dict[str, nn.Module]:
-    """Dotted name to each submodule of a backbone that is a classifier, and so trains."""
-    return {name: backbone.get_submodule(name) for name in backbone._protune.head}
-
-
-def trained_modules(backbone: nn.Module) -> dict[str, nn.Module]:
-    """Dotted name to each submodule of a backbone that trains: prompts, classifier, blocks."""
-    return {**prompts(backbone), **heads(backbone), **trained_blocks(backbone)}
-
-
-def trained_blocks(backbone: nn.Module) -> dict[str, nn.Module]:
-    """Dotted name to each block of a backbone that a policy trains as a whole."""
-    return {name: backbone.get_submodule(name) for name in backbone._protune.blocks}
-
-
-def _trained_parameters(backbone: nn.Module) -> Iterator[nn.Parameter]:
-    for module in trained_modules(backbone).values():
-        yield from module.parameters()
-    for name in backbone._protune.parameters:
-        yield backbone.get_parameter(name)
-
-
-def forks(backbone: nn.Module) -> list[nn.Module]:
-    """Modules of a backbone that return something else while training; only they know the mode."""
-    family = find_family(stock_type(backbone))
-    return [backbone.get_submodule(name) for name in family.forks(backbone)] if family else []
-
-
-def frozen_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Dotted name and module of every frozen module of a model's backbones."""
-    for prefix, backbone in backbones(model).items():
-        trained = {id(m) for top in trained_modules(backbone).values() for m in top.modules()}
-        for name, module in backbone.named_modules(prefix=prefix):
-            if id(module) not in trained:
-                yield name, module
 
 
 def freeze(
@@ -521,7 +245,7 @@ def freeze(
         # for by lean=dict(channels_last=True).
         module._protune.contiguous = options.lean is not None and options.lean.channels_last is None
     module.requires_grad_(False)
-    for parameter in _trained_parameters(module):
+    for parameter in trained_parameters(module):
         parameter.requires_grad_(parameter.is_floating_point())
     module.train(mode)
     module.register_load_state_dict_post_hook(_after_load)

@@ -10,9 +10,13 @@ from mmengine.optim import AmpOptimWrapper
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from .frozen import (
+from .frozen import check_weights
+from .identity import digest
+from .prompts.convs import fixed_layers
+from .registry import HOOKS
+from .report import parameter_line
+from .tuned import (
     backbones,
-    check_weights,
     forks,
     frozen_modules,
     frozen_tensors,
@@ -21,10 +25,6 @@ from .frozen import (
     prompts,
     unwrapped,
 )
-from .identity import digest
-from .prompts.convs import fixed_layers
-from .registry import HOOKS
-from .report import parameter_line
 
 
 @HOOKS.register_module()

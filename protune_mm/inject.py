@@ -21,13 +21,15 @@ from .features import (
     TokensOfGrid,
     Unknown,
 )
-from .frozen import Options, PromptedBlock, ProTunedBackbone, freeze
+from .frozen import freeze
 from .lean import lean_options, make_lean
 from .policies import blocks_of, check_policy, keeps_lean_layers, parameters_of
 from .prompt_config import chooses_width, own_options, prompt_class, prompt_config
+from .prompted import PromptedBlock
 from .sites import affine_sites, choose_sites, stage_table
 from .stages import find_family, refusal
 from .subclass import add_mixin, stock_type
+from .tuned import Options, is_protuned
 
 
 def protune(
@@ -101,7 +103,7 @@ def protune(
     lean_as = lean_options(lean) if keeps_lean_layers(policy) else None
     options = Options(stages, prompt_config(prompt), lean_as, policy, require_weights, affine)
     check_policy(policy)
-    if isinstance(module, ProTunedBackbone):
+    if is_protuned(module):
         if module._protune.options == options:
             return module
         raise ValueError(
@@ -111,7 +113,7 @@ def protune(
     reason = refusal(stock_type(module))
     if reason and policy != 'full':
         raise ValueError(f'{type(module).__name__} cannot be Pro-tuned: {reason}')
-    inner = next((n for n, m in module.named_modules() if isinstance(m, ProTunedBackbone)), None)
+    inner = next((n for n, m in module.named_modules() if is_protuned(m)), None)
     if inner is not None:
         raise ValueError(f"submodule '{inner}' is Pro-tuned already: Pro-tune one level only")
     if policy == 'full':

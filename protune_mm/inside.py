@@ -7,12 +7,12 @@ from mmengine.logging import print_log
 from torch import nn
 
 from .features import Inside, Item, LastMaps, Layout, Maps, Site, Tokens, TokensOfGrid
-from .frozen import Options
 from .norms import NORMS
 from .probe import PROBE_SIZE, probe_layers
 from .prompt_config import refuse_after_stages
 from .prompts.base import feedforward
 from .stages import Family, Stage
+from .tuned import Options
 
 
 def inside_sites(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from .frozen import PromptedBlock, backbones
 from .lean import forget
+from .prompted import PromptedBlock
 from .subclass import remove_mixin
+from .tuned import backbones
 
 
 def merge(model: nn.Module) -> nn.Module:

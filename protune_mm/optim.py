@@ -15,8 +15,8 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as ROOT
 from torch import nn
 from torch.optim import Optimizer
 
-from .frozen import tuned_parameters
 from .registry import OPTIM_WRAPPER_CONSTRUCTORS, PARAM_SCHEDULERS
+from .tuned import tuned_parameters
 
 DEFAULT_CONSTRUCTOR = 'DefaultOptimWrapperConstructor'
 PROMPT = 'prompt'

@@ -19,16 +19,10 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from .base_weights import wrong_base
 from .checkpoints import identities
 from .files import whole_file
-from .frozen import (
-    PromptedBlock,
-    backbones,
-    check_tuned,
-    choice,
-    heads,
-    prompts,
-    sets_of,
-)
+from .frozen import check_tuned
 from .identity import KEY, Identity
+from .prompted import PromptedBlock, choice, sets_of
+from .tuned import backbones, heads, prompts
 
 _used: ContextVar[WeakKeyDictionary | None] = ContextVar('protune_mm_used_set', default=None)
 """Backbone to the name of the set that this thread (or task of asyncio) uses."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from .features import Beside, Inside
-from .frozen import backbones, prompts, tuned_parameters
 from .prompts.convs import fixed_layers
+from .tuned import backbones, prompts, tuned_parameters
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:

@@ -31,12 +31,12 @@ from torch.utils.checkpoint import checkpoint
 from .checkpoints import FillBaseHook, TunedCheckpointHook, note_origin
 from .config import is_protuned, resolve
 from .files import SafeCheckpointHook, last_good_checkpoint, whole_file
-from .frozen import backbones
 from .hooks import FiniteLossHook, FrozenGuardHook
 from .optim import wrap_constructor
 from .registry import RUNNERS
 from .resume import ExactResumeHook, PreemptionHook, unsignalled
 from .show import TuningReportHook
+from .tuned import backbones
 
 STOCK_CHECKPOINT_HOOK = ('CheckpointHook', 'mmengine.CheckpointHook', CheckpointHook)
 LOCK = '.training'

@@ -2,7 +2,7 @@
 
 Through mmengine's FlexibleRunner, whose strategy wraps the model. What it holds then are parts of
 weights under other names, so whatever asks what is frozen, tuned or saved asks a twin of the model
-without data, see :func:`protune_mm.frozen.unwrapped`.
+without data, see :func:`protune_mm.tuned.unwrapped`.
 """
 
 from __future__ import annotations
@@ -30,10 +30,15 @@ from torch.distributed.fsdp import (
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP  # noqa: N817
 
 from .checkpoints import note_origin
-from .frozen import (
-    PromptedBlock,
+from .frozen import check_weights
+from .identity import KEY, fingerprint, identifying
+from .optim import wrap_constructor
+from .prompted import PromptedBlock
+from .prompts.convs import fixed_layers
+from .registry import STRATEGIES
+from .report import parameter_line
+from .tuned import (
     backbones,
-    check_weights,
     frozen_keys,
     frozen_modules,
     frozen_tensors,
@@ -41,11 +46,6 @@ from .frozen import (
     unwrapped,
     whole_name,
 )
-from .identity import KEY, fingerprint, identifying
-from .optim import wrap_constructor
-from .prompts.convs import fixed_layers
-from .registry import STRATEGIES
-from .report import parameter_line
 
 NO_CHECKPOINTING = (
     'activation_checkpointing: use with_cp=True of the backbone, which knows of prompts'

@@ -11,7 +11,6 @@ from mmengine.runner import FlexibleRunner, Runner
 
 from .checkpoints import FillBaseHook, TunedCheckpointHook
 from .config import config_backbones, is_protuned, resolve
-from .frozen import backbones, prompts, unwrapped
 from .hooks import FiniteLossHook, has_mean_teacher
 from .prompts.convs import fixed_layers
 from .registry import HOOKS, RUNNERS
@@ -19,6 +18,7 @@ from .resume import ExactResumeHook, PreemptionHook, unsignalled
 from .runner import CarefulRunner
 from .sharded import NO_CHECKPOINTING, fingerprints
 from .show import TuningReportHook
+from .tuned import backbones, prompts, unwrapped
 
 
 @HOOKS.register_module()

@@ -16,9 +16,9 @@ from mmengine.visualization import Visualizer
 from torch import Tensor, nn
 
 from .features import Beside
-from .frozen import backbones, prompts, unwrapped, whole_name
 from .registry import HOOKS
 from .report import frozen_share, parameter_counts
+from .tuned import backbones, prompts, unwrapped, whole_name
 
 TITLE = 20
 """Height of the line above a picture, in pixels."""

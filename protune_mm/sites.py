@@ -25,13 +25,14 @@ from .features import (
     TokensOfGrid,
     Unknown,
 )
-from .frozen import Options, PromptedBlock
 from .inside import inside_sites
 from .probe import PROBE_SIZE, probe_channels, probe_layers, probe_reach
 from .prompt_config import AFFINE, own_options, prompt_class, prompt_config, refuse_after_stages
+from .prompted import PromptedBlock
 from .prompts.scale_shift import ScaleShift
 from .stages import Family, Stage, find_family, is_theirs, known_families
 from .subclass import stock_type
+from .tuned import Options
 
 
 def stage_table(module: nn.Module, named: bool = False) -> list[Stage]:

@@ -108,7 +108,7 @@ def image(batch=2, height=64, width=96):
 
 def move_prompts(module):
     """Give the prompts a visible effect, the same each time."""
-    from protune_mm.frozen import prompts
+    from protune_mm.tuned import prompts
 
     generator = torch.Generator().manual_seed(2)
     for prompt in prompts(module).values():

@@ -12,8 +12,8 @@ from mmengine.runner import load_checkpoint
 import protune_mm
 from protune_mm.base_weights import ALLOW, BASE, own_files
 from protune_mm.checkpoints import tuned_state_dict
-from protune_mm.frozen import frozen_keys, frozen_tensors, tuned_parameters
 from protune_mm.identity import KEY
+from protune_mm.tuned import frozen_keys, frozen_tensors, tuned_parameters
 from tests.conftest import EVERY, EXAMPLES, build_protuned, build_stock, flat, image
 
 

@@ -6,7 +6,7 @@ from mmengine.registry import MODELS, init_default_scope
 
 import protune_mm
 from protune_mm import cli
-from protune_mm.frozen import backbones
+from protune_mm.tuned import backbones
 from tests.conftest import ROOT
 
 CONFIGS = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / 'configs').rglob('*protune_*.py'))

@@ -11,9 +11,9 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 import protune_mm
-from protune_mm.frozen import frozen_tensors, heads, prompts
 from protune_mm.hooks import FrozenGuardHook
 from protune_mm.stages import FAMILIES
+from protune_mm.tuned import frozen_tensors, heads, prompts
 from tests.conftest import EVERY, build_protuned, build_stock, flat, move_prompts
 
 every = pytest.mark.parametrize(('library', 'family'), EVERY)

@@ -11,8 +11,8 @@ from mmengine.runner import load_checkpoint
 
 import protune_mm
 from protune_mm.checkpoints import tuned_state_dict
-from protune_mm.frozen import backbones
 from protune_mm.identity import KEY
+from protune_mm.tuned import backbones
 from tests.conftest import CLS, ROOT, SEG, flat, image, move_prompts
 
 sys.path.insert(0, str(ROOT / 'tools'))

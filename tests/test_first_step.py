@@ -7,8 +7,8 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 
 import protune_mm
-from protune_mm.frozen import frozen_tensors
 from protune_mm.optim import wrap_constructor
+from protune_mm.tuned import frozen_tensors
 from tests.conftest import EXAMPLES, build_stock, example, flat, image
 
 SIZE = (64, 96)

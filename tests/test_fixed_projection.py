@@ -11,10 +11,10 @@ from mmengine.registry import MODELS
 
 import protune_mm
 from protune_mm.checkpoints import tuned_state_dict
-from protune_mm.frozen import frozen_tensors, prompts
 from protune_mm.hooks import FrozenGuardHook
 from protune_mm.lean.memory import kept_bytes
 from protune_mm.prompts import ProTuningBlock, pro_tuning
+from protune_mm.tuned import frozen_tensors, prompts
 
 GROUP = dict(norm_cfg=dict(type='GN', num_groups=1))
 forms = pytest.mark.parametrize('options', [{}, GROUP, dict(act_cfg=None), dict(depthwise=False)])

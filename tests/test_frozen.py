@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import protune_mm
-from protune_mm.frozen import frozen_modules, frozen_tensors, prompts
 from protune_mm.subclass import stock_type
+from protune_mm.tuned import frozen_modules, frozen_tensors, prompts
 from tests.conftest import EXAMPLES, build_protuned, build_stock, flat, image
 
 

@@ -12,9 +12,9 @@ import torch
 from mmengine.registry import MODELS
 
 import protune_mm
-from protune_mm.frozen import backbones, frozen_keys, prompts, whole_name
 from protune_mm.registry import RUNNERS
 from protune_mm.sharded import ProTuneFSDPStrategy, frozen_units, twin_of
+from protune_mm.tuned import backbones, frozen_keys, prompts, whole_name
 from tests.conftest import run_tool
 from tests.processes import PLAIN, assert_same, dist, finish, weights
 

@@ -6,9 +6,9 @@ from mmengine.hooks import Hook
 from torch import nn
 
 import protune_mm
-from protune_mm.frozen import frozen_tensors
 from protune_mm.hooks import FrozenGuardHook, digest
 from protune_mm.runner import ProTuneRunner
+from protune_mm.tuned import frozen_tensors
 from tests.test_frozen import runner
 
 pytestmark = pytest.mark.filterwarnings('ignore:Lazy modules are a new feature')

@@ -6,8 +6,8 @@ from mmengine.registry import MODELS
 from torch import nn
 
 import protune_mm
-from protune_mm.frozen import frozen_tensors, prompts
 from protune_mm.report import prompt_rows
+from protune_mm.tuned import frozen_tensors, prompts
 from tests.conftest import EVERY, move_prompts
 from tests.test_every_backbone import DISCONTINUOUS, outputs, pair, pictures
 

@@ -11,8 +11,9 @@ from mmengine.registry import MODELS
 from torch import nn
 
 import protune_mm
-from protune_mm.frozen import ProTunedBackbone, prompts
+from protune_mm.frozen import ProTunedBackbone
 from protune_mm.subclass import stock_type
+from protune_mm.tuned import prompts
 from tests.conftest import EXAMPLES, build_protuned, flat, image, move_prompts, pair
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import protune_mm
-from protune_mm.frozen import frozen_tensors
+from protune_mm.tuned import frozen_tensors
 from tests.conftest import EXAMPLES, build_protuned, build_stock, flat, image
 
 POLICIES = ('bias', 'norm', 'last-1', 'last-2')

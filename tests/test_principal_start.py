@@ -11,9 +11,9 @@ from mmengine.registry import MODELS
 from torch import nn
 
 import protune_mm
-from protune_mm.frozen import prompts
 from protune_mm.prompts import ProTuningBlock
 from protune_mm.prompts.convs import fixed_layers
+from protune_mm.tuned import prompts
 from tests.processes import ROOT, environment
 
 

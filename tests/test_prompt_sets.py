@@ -9,7 +9,7 @@ from mmengine.registry import DefaultScope
 
 import protune_mm
 from protune_mm.checkpoints import tuned_state_dict
-from protune_mm.frozen import frozen_tensors, prompts
+from protune_mm.tuned import frozen_tensors, prompts
 from tests.conftest import (
     EVERY,
     EXAMPLES,

@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import protune_mm
-from protune_mm.frozen import frozen_tensors, prompts
 from protune_mm.prompts import Adapter, ConvAdapter, LoRA, LoRand, Mona
 from protune_mm.registry import PROMPTS
+from protune_mm.tuned import frozen_tensors, prompts
 from tests.conftest import (
     EVERY,
     EXAMPLES,

@@ -18,8 +18,8 @@ from mmengine.utils import ManagerMixin
 
 import protune_mm
 from protune_mm import cli
-from protune_mm.frozen import frozen_keys, frozen_tensors
 from protune_mm.resume import SIGNALS, PreemptionHook
+from protune_mm.tuned import frozen_keys, frozen_tensors
 from tests.conftest import CLS
 
 RANDOM = [

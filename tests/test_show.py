@@ -10,8 +10,8 @@ import pytest
 import torch
 from mmengine.registry import HOOKS, MODELS
 
-from protune_mm.frozen import prompts
 from protune_mm.show import PromptVisualizationHook, _pictures
+from protune_mm.tuned import prompts
 from tests.conftest import build_protuned, image, move_prompts, run_tool
 from tests.small_runs import CLS, QUICK, SEG, SHAPES, data
 

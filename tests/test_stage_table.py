@@ -6,8 +6,8 @@ from mmengine.registry import MODELS
 from torch import nn
 
 import protune_mm
-from protune_mm.frozen import backbones, prompts
 from protune_mm.stages import FAMILIES, find_family
+from protune_mm.tuned import backbones, prompts
 from tests.conftest import EXAMPLES, build_protuned, build_stock, flat, image
 
 FULL_SIZE = [

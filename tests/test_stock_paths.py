@@ -13,8 +13,8 @@ from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import load_checkpoint
 
 import protune_mm
-from protune_mm.frozen import frozen_keys
 from protune_mm.identity import KEY
+from protune_mm.tuned import frozen_keys
 from tests.conftest import STOCK_TOOLS, run_tool
 from tests.small_runs import QUICK, SHAPES, data
 

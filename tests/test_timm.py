@@ -5,7 +5,7 @@ import torch
 from mmengine.registry import MODELS
 
 import protune_mm
-from protune_mm.frozen import frozen_tensors
+from protune_mm.tuned import frozen_tensors
 from tests.conftest import flat, move_prompts
 
 pytest.importorskip('timm', reason='timm is not installed: requirements/tests.txt has it')

@@ -8,8 +8,8 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from protune_mm.features import Maps, Site, Tokens, _grid
-from protune_mm.frozen import prompts
 from protune_mm.stages import FAMILIES
+from protune_mm.tuned import prompts
 from tests.conftest import EXAMPLES, build_protuned, flat, image
 
 VIT = next(f for f in FAMILIES if f.name == 'VisionTransformer')

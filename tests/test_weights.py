@@ -8,7 +8,7 @@ from mmengine.config import ConfigDict
 from mmengine.registry import MODELS
 from mmengine.runner import load_checkpoint
 
-from protune_mm.frozen import prompts
+from protune_mm.tuned import prompts
 from tests.conftest import EXAMPLES, build_protuned, build_stock, image
 
 

@@ -26,7 +26,7 @@ from protune_mm import cli
 from protune_mm.checkpoints import identities, tuned_state_dict
 from protune_mm.config import is_protuned, library
 from protune_mm.files import whole_file
-from protune_mm.frozen import backbones
+from protune_mm.tuned import backbones
 
 TOLERANCE = 1e-3
 """Part of the largest output by which onnxruntime may differ from PyTorch, in float32."""

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from protune_mm import cli
 from protune_mm.config import library
-from protune_mm.frozen import backbones
 from protune_mm.policies import POLICIES
 from protune_mm.probe import PROBE_SIZE, probe_outputs
 from protune_mm.report import parameter_counts, parameter_line, prompt_rows
+from protune_mm.tuned import backbones
 
 
 def main() -> None:

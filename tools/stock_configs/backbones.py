@@ -11,8 +11,8 @@ from torch import nn
 
 import protune_mm
 from protune_mm.config import config_backbones
-from protune_mm.frozen import frozen_tensors, heads
 from protune_mm.stages import refusal
+from protune_mm.tuned import frozen_tensors, heads
 
 from .here import adapt
 from .reading import load, plain, result, scope_name, scope_of, short, structure

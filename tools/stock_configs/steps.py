@@ -15,8 +15,8 @@ from mmengine.runner import Runner
 from torch import nn
 
 import protune_mm
-from protune_mm.frozen import backbones, frozen_tensors
 from protune_mm.optim import wrap_constructor
+from protune_mm.tuned import backbones, frozen_tensors
 
 from .batches import batches
 from .building import build

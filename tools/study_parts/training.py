@@ -27,10 +27,10 @@ import protune_mm
 from protune_mm import cli
 from protune_mm.compat import processor, stack_versions
 from protune_mm.config import config_backbones, library
-from protune_mm.frozen import prompt_parameters
 from protune_mm.hooks import DivergedError
 from protune_mm.lean.layout import NeedsContiguous, give_contiguous
 from protune_mm.lean.memory import kept_bytes
+from protune_mm.tuned import prompt_parameters
 
 from .plan import Run, Study
 from .run_config import config_of, steps_of
