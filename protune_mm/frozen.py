@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from mmengine.logging import print_log
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map
 
 from .base_weights import provide, wrong_base
-from .identity import Identity, fingerprint, identifying
+from .identity import Identity
 from .lean import forget, inputs_channels_last, link, to_stock
-from .prompted import PromptedBlock, choice, plain_maps, sets_of, show_plain
+from .prompted import PromptedBlock, choice, plain_maps, sets_of
 from .stages import find_family
 from .subclass import add_mixin, stock_type
 from .tuned import (
@@ -25,10 +26,8 @@ from .tuned import (
     frozen_tensors,
     prompt_parameters,
     prompts,
-    stamp,
     trained_blocks,
     trained_modules,
-    trained_parameters,
     tuned_state,
 )
 from .weights import LoadRecord
@@ -81,7 +80,7 @@ class ProTunedBackbone:
             return super().forward(*args, **kwargs)
         token = plain_maps.set([])
         try:
-            return show_plain(self, super().forward(*args, **kwargs), plain_maps.get())
+            return _show_plain(self, super().forward(*args, **kwargs), plain_maps.get())
         finally:
             plain_maps.reset(token)
 
@@ -94,7 +93,7 @@ class ProTunedBackbone:
         """
         check_places(self)
         trained = trained_modules(self).values()
-        wanted = {p: p.requires_grad for p in trained_parameters(self)}
+        wanted = {p: p.requires_grad for p in _trained_parameters(self)}
         super().train(False)
         for parameter, requires_grad in wanted.items():
             parameter.requires_grad_(requires_grad)
@@ -131,10 +130,7 @@ class ProTunedBackbone:
 
     def protune_fingerprint(self) -> str:
         """32 hexadecimal digits that stand for every bit of the frozen weights."""
-        found = list(identifying(self, frozen_tensors(self)))
-        if not self._protune.fingerprint or self._protune.fingerprint[0] != stamp(found):
-            self._protune.pin_fingerprint(self, fingerprint(found))
-        return self._protune.fingerprint[1]
+        return self._protune.find_fingerprint(self)
 
     def _load_from_state_dict(
         self, state_dict: dict, prefix: str, metadata: dict, *args: Any
@@ -201,6 +197,36 @@ def check_tuned(backbone: nn.Module, told: Identity, state_dict: dict, prefix: s
             raise ValueError(f"the checkpoint has '{name}', which this {kind} has not")
 
 
+def _show_plain(backbone: nn.Module, out: Any, plain: list[tuple[Tensor, Tensor]]) -> Any:
+    """What a backbone returns, with the maps of its stages as they are before their prompt.
+
+    Args:
+        backbone: a :class:`ProTunedBackbone` with ``features='plain'``.
+        out: what it returns.
+        plain: prompted and plain output of the blocks at the end of all stages but the last.
+
+    Raises:
+        RuntimeError: it returns none of these outputs itself, but what it computes from them.
+    """
+    replaced = 0
+
+    def replace(x: Any) -> Any:
+        nonlocal replaced
+        for prompted, before in plain:
+            if x is prompted:
+                replaced += 1
+                return before
+        return x
+
+    shown = tree_map(replace, out)
+    if plain and not replaced:
+        raise RuntimeError(
+            f"prompt.features='plain': {type(backbone).__name__} returns no output of a stage "
+            "before the last as it is: use features='prompted'"
+        )
+    return shown
+
+
 def _loads_pretrained(module: nn.Module) -> bool:
     rules = getattr(module, 'init_cfg', None) or []
     rules = [rules] if isinstance(rules, dict) else rules
@@ -216,6 +242,13 @@ def _without_prompts(backbone: nn.Module) -> Iterator[None]:
     finally:
         for block, prompt in zip(blocks, taken, strict=True):
             block._modules['prompt'] = prompt
+
+
+def _trained_parameters(backbone: nn.Module) -> Iterator[nn.Parameter]:
+    for module in trained_modules(backbone).values():
+        yield from module.parameters()
+    for name in backbone._protune.parameters:
+        yield backbone.get_parameter(name)
 
 
 def freeze(
@@ -239,13 +272,16 @@ def freeze(
     add_mixin(module, ProTunedBackbone)
     family = find_family(stock_type(module))
     head = tuple(family.head(module)) if family else ()
-    module._protune = State(options, head, blocks, parameters, LoadRecord(given=weights_given))
+    # Past a `__setattr__` that writes to a module inside, as that of a compiled one does.
+    module.__dict__['_protune'] = State(
+        options, head, blocks, parameters, LoadRecord(given=weights_given)
+    )
     if family is None:
         # A user's own may call operations that read memory as if it were contiguous: it is asked
         # for by lean=dict(channels_last=True).
         module._protune.contiguous = options.lean is not None and options.lean.channels_last is None
     module.requires_grad_(False)
-    for parameter in trained_parameters(module):
+    for parameter in _trained_parameters(module):
         parameter.requires_grad_(parameter.is_floating_point())
     module.train(mode)
     module.register_load_state_dict_post_hook(_after_load)

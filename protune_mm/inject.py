@@ -29,7 +29,7 @@ from .prompted import PromptedBlock
 from .sites import affine_sites, choose_sites, stage_table
 from .stages import find_family, refusal
 from .subclass import add_mixin, stock_type
-from .tuned import Options, is_protuned
+from .tuned import Options, is_frozen_backbone
 
 
 def protune(
@@ -93,8 +93,8 @@ def protune(
 
     Raises:
         ValueError: unknown family without ``stages``, unknown stage, prompt type or option, a
-            ratio that leaves no channel, or a module that is Pro-tuned already with other
-            options.
+            ratio that leaves no channel, or a module that is compiled, or Pro-tuned already with
+            other options.
         TypeError: a named stage yields something other than a map or tokens.
 
     Source: arXiv 2207.14381, Figure 2.
@@ -103,17 +103,23 @@ def protune(
     lean_as = lean_options(lean) if keeps_lean_layers(policy) else None
     options = Options(stages, prompt_config(prompt), lean_as, policy, require_weights, affine)
     check_policy(policy)
-    if is_protuned(module):
+    if is_frozen_backbone(module):
         if module._protune.options == options:
             return module
         raise ValueError(
             f'this {type(module).__name__} is Pro-tuned already, with {module._protune.options}; '
             f'it cannot be Pro-tuned again with {options}: build the stock backbone anew'
         )
+    # By its attribute: to import its type takes seconds.
+    if isinstance(getattr(module, '_orig_mod', None), nn.Module):
+        raise ValueError(
+            'the module is compiled already: Pro-tune the network itself, then call torch.compile '
+            'on what protune returns'
+        )
     reason = refusal(stock_type(module))
     if reason and policy != 'full':
         raise ValueError(f'{type(module).__name__} cannot be Pro-tuned: {reason}')
-    inner = next((n for n, m in module.named_modules() if is_protuned(m)), None)
+    inner = next((n for n, m in module.named_modules() if is_frozen_backbone(m)), None)
     if inner is not None:
         raise ValueError(f"submodule '{inner}' is Pro-tuned already: Pro-tune one level only")
     if policy == 'full':

@@ -6,8 +6,7 @@ from contextvars import ContextVar
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch import Tensor
 
 plain_maps: ContextVar[list[tuple[Tensor, Tensor]] | None] = ContextVar(
     'protune_mm_plain_maps', default=None
@@ -35,33 +34,3 @@ class PromptedBlock:
         if plain is not None and site.plain:
             plain.append((joined, out))
         return joined
-
-
-def show_plain(backbone: nn.Module, out: Any, plain: list[tuple[Tensor, Tensor]]) -> Any:
-    """What a backbone returns, with the maps of its stages as they are before their prompt.
-
-    Args:
-        backbone: a :class:`protune_mm.frozen.ProTunedBackbone` with ``features='plain'``.
-        out: what it returns.
-        plain: prompted and plain output of the blocks at the end of all stages but the last.
-
-    Raises:
-        RuntimeError: it returns none of these outputs itself, but what it computes from them.
-    """
-    replaced = 0
-
-    def replace(x: Any) -> Any:
-        nonlocal replaced
-        for prompted, before in plain:
-            if x is prompted:
-                replaced += 1
-                return before
-        return x
-
-    shown = tree_map(replace, out)
-    if plain and not replaced:
-        raise RuntimeError(
-            f"prompt.features='plain': {type(backbone).__name__} returns no output of a stage "
-            "before the last as it is: use features='prompted'"
-        )
-    return shown

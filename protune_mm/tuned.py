@@ -1,7 +1,8 @@
 """What of a model's backbones trains and what is frozen.
 
 :func:`tuned_parameters` is the one definition of "tuned"; freezing, optimizer, guard and reports
-all use it. A backbone is Pro-tuned when it carries a :class:`State`.
+all use it. A backbone is frozen when it carries a :class:`State`: so it is, too, while it wears its
+stock class to load a checkpoint.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from torch import Tensor, nn
 
-from .identity import Identity, identifying
+from .identity import Identity, fingerprint, identifying
 from .lean import LeanOptions
 from .prompted import PromptedBlock
 from .stages import find_family
@@ -69,19 +70,26 @@ class State:
     told: Identity | None = None
     fingerprint: tuple = ()
 
+    def find_fingerprint(self, backbone: nn.Module) -> str:
+        """The fingerprint of a backbone's frozen weights, computed where they have changed."""
+        found = list(identifying(backbone, frozen_tensors(backbone)))
+        if not self.fingerprint or self.fingerprint[0] != _stamp(found):
+            self.fingerprint = (_stamp(found), fingerprint(found))
+        return self.fingerprint[1]
+
     def pin_fingerprint(self, backbone: nn.Module, known: str) -> None:
         """Note the fingerprint of a backbone's frozen weights as they are now."""
-        self.fingerprint = (stamp(identifying(backbone, frozen_tensors(backbone))), known)
+        self.fingerprint = (_stamp(identifying(backbone, frozen_tensors(backbone))), known)
 
 
-def is_protuned(module: nn.Module) -> bool:
-    """Whether a module is itself a frozen backbone (Pro-tuned or head-only)."""
+def is_frozen_backbone(module: nn.Module) -> bool:
+    """Whether a module is itself a backbone that is frozen but for what trains in it."""
     return isinstance(module.__dict__.get('_protune'), State)
 
 
 def backbones(model: nn.Module) -> dict[str, nn.Module]:
     """Dotted name to each frozen backbone (Pro-tuned or head-only) inside a model."""
-    return {n: m for n, m in model.named_modules() if is_protuned(m)}
+    return {n: m for n, m in model.named_modules() if is_frozen_backbone(m)}
 
 
 def prompts(model: nn.Module) -> dict[str, nn.Module]:
@@ -156,13 +164,6 @@ def trained_modules(backbone: nn.Module) -> dict[str, nn.Module]:
 def trained_blocks(backbone: nn.Module) -> dict[str, nn.Module]:
     """Dotted name to each block of a backbone that a policy trains as a whole."""
     return {name: backbone.get_submodule(name) for name in backbone._protune.blocks}
-
-
-def trained_parameters(backbone: nn.Module) -> Iterator[nn.Parameter]:
-    for module in trained_modules(backbone).values():
-        yield from module.parameters()
-    for name in backbone._protune.parameters:
-        yield backbone.get_parameter(name)
 
 
 def frozen_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -241,6 +242,6 @@ def whole_name(name: str) -> str:
     return '.'.join(part for part in name.split('.') if part not in ('', '_fsdp_wrapped_module'))
 
 
-def stamp(tensors: Iterable[tuple[str, Tensor]]) -> list[tuple]:
+def _stamp(tensors: Iterable[tuple[str, Tensor]]) -> list[tuple]:
     """What changes when one of some tensors does."""
     return [(name, id(t), t.data_ptr(), t._version, t.dtype) for name, t in tensors]

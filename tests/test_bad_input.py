@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, RUNNERS, init_default_scope
 from torch import nn
@@ -143,6 +144,13 @@ def test_applied_again():
         protune_mm.protune(module, prompt=dict(ratio=4))
     with pytest.raises(ValueError, match="submodule '0' is Pro-tuned already"):
         protune_mm.protune(nn.Sequential(module), stages=['0.layer1'])
+
+
+def test_a_compiled_module():
+    module = torch.compile(Odd(), backend='eager')
+    with pytest.raises(ValueError, match=r'compiled already: .*then call torch\.compile'):
+        protune_mm.protune(module, stages=['_orig_mod.fine'])
+    assert all(p.requires_grad for p in module.parameters())
 
 
 def test_configs():

@@ -13,7 +13,7 @@ from torch import nn
 import protune_mm
 from protune_mm.frozen import ProTunedBackbone
 from protune_mm.subclass import stock_type
-from protune_mm.tuned import prompts
+from protune_mm.tuned import frozen_tensors, is_frozen_backbone, prompts
 from tests.conftest import EXAMPLES, build_protuned, flat, image, move_prompts, pair
 
 
@@ -41,6 +41,10 @@ def test_a_copy_computes_the_same_and_is_independent(library, family, clone):
         for a, b in zip(expected, flat(tuned(x)), strict=True):
             assert torch.equal(a, b), 'the copy shares memory with the original'
     assert isinstance(other, ProTunedBackbone)
+    names = [name for name, _ in frozen_tensors(tuned)]
+    assert is_frozen_backbone(other)
+    assert names
+    assert names == [name for name, _ in frozen_tensors(other)]
     other.train()
     assert set(protune_mm.tuned_parameters(other)) == set(protune_mm.tuned_parameters(tuned))
     assert other._protune is not tuned._protune
