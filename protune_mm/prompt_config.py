@@ -15,7 +15,7 @@ PLACED = dict(
 AFFINE = dict(type='ScaleShift')
 NAMED_PROMPTS = {
     'paper': dict(type='ProTuningBlock', last='series'),
-    # Better than the default after stages, and more so inside blocks: docs/study/findings.md.
+    # Better than the default after stages, and more so inside blocks: docs/study/form.md.
     'principal': dict(
         type='ProTuningBlock', init_mode='principal', act_cfg=None, fixed_down=True, scale=0.7
     ),

@@ -7,7 +7,7 @@ note = (
     'the prompts\nwas chosen by them. `inside-principal-drop0` is `inside-principal` once more: it, '
     '`-drop0.2` and\nthose with `fixed` ran on another processor than the rest, so their "time" compares '
     'two.\n'
-    '[What came of it](../findings.md).'
+    '[What came of it](../form.md#scale-and-accuracy-under-attack).'
 )
 
 # The scales, hidden channels left out at random, and first convolutions that stay as they start.

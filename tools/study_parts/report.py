@@ -49,8 +49,8 @@ def report(
 ) -> str:
     """The document."""
     shown = 'Test scores' if final else 'Validation scores'
-    told = (out / 'findings.md').exists()
-    meaning = ' [findings.md](findings.md) says what the numbers mean.' if told else ''
+    page = 'findings.md' if final else 'form.md'
+    meaning = f' [{page}]({page}) says what the numbers mean.' if (out / page).exists() else ''
     more = '' if final else f' --results {study.results_name}'
     more += f' --out {out}'
     text = [
