@@ -524,6 +524,26 @@ def test_of_rates_with_one_validation_score_the_lowest_counts(parts):
     assert (cell['lr'], cell['tie']) == (2, False)
 
 
+def test_the_time_of_a_step_is_told_at_equal_rates_and_seeds(parts):
+    # Seeds 1 ran on a machine of half the speed; `b` is best at another rate and lacks one time.
+    times = {
+        ('head-only', 1, 0): 1.0, ('head-only', 1, 1): 2.0, ('head-only', 2, 0): 1.0,
+        ('b', 1, 0): 3.0, ('b', 1, 1): 6.0, ('b', 2, 1): 6.0, ('b', 2, 0): None,
+    }  # fmt: skip
+    lines = [
+        dict(line(method, lr, seed, lr, 1), step_s=step_s)
+        for (method, lr, seed), step_s in times.items()
+    ]
+    cells = parts['cells']
+    found = cells.cells(Plan, lines)['t', 1.0, 'm']
+    assert cells.base_of(found, 'val') == 'head-only'
+    assert cells.relative_time(found['b'], found['head-only']) == 3
+    assert cells.relative_time(found['head-only'], found['head-only']) == 1
+    older = cells.cells(Plan, [line('b', 1, 0, 1, 1)])['t', 1.0, 'm']
+    assert math.isnan(cells.relative_time(older['b'], found['head-only']))
+    assert cells.base_of(older, 'val') == 'b'
+
+
 def everywhere(method, score, share, by_seed=1, metric='m'):
     return [
         line(method, lr, seed, score, score + by_seed * seed, metric, share)

@@ -51,7 +51,7 @@ variants = {
     'blocks-hidden48-kernel3-fan-in-scale0.3': dict(
         stages='blocks', prompt=dict(hidden=48, kernel_size=3, init_mode='fan_in', scale=0.3)
     ),
-    # Starts from the first batch, and places inside blocks: docs/study/findings.md.
+    # Starts from the first batch, and places inside blocks: docs/study/form.md.
     'blocks-hidden48-principal': dict(
         stages='blocks', prompt=dict(hidden=48, init_mode='principal', act_cfg=None)
     ),
@@ -140,7 +140,7 @@ tasks = {
     ),
     'fruit': dict(fruit, fractions=[1.0], methods=defaults),
     # Its head reads the last stage alone: plain or prompted features of the others are one.
-    'camvid': dict(camvid, fractions=[1.0], methods=defaults[:-1]),
+    'camvid': dict(camvid, fractions=[1.0], lrs=[3e-3, 1e-2, 3e-2], methods=defaults[:-1]),
 }
 # As many steps as in the study, at the rate that is best there.
 tasks['flowers5-scale'] = dict(
@@ -170,6 +170,16 @@ tasks['flowers5-vit-low-rate'] = dict(
     lrs=[1e-2],
     prompt_lr_mult=0.1,
     methods=['pro-tuning', 'bias', 'norm'],
+)
+# The same in MobileNetV2: full fine-tuning at a thirty-third of the head's rate, rivals at a third.
+tasks['flowers5-low-rate'] = dict(
+    flowers5,
+    fractions=[0.2],
+    seeds=_base_.seeds,
+    lrs=[1e-3, 3e-3, 1e-2],
+    full_lr_mult=0.03,
+    prompt_lr_mult=0.3,
+    methods=['full', 'adapter', 'lora'],
 )
 tasks['flowers5-drop'] = dict(tasks['flowers5-scale'], methods=drops, seeds=[3, 4, 5, 6, 7])
 tasks['fruit-drop'] = dict(

@@ -38,6 +38,12 @@ def cells(study: Study, lines: list[dict]) -> dict[tuple, dict[str, dict]]:
             best[place][method] = dict(
                 lr=lr,
                 runs=by_lr[lr],
+                times={
+                    (line['lr'], line['seed']): line['step_s']
+                    for found in by_lr.values()
+                    for line in found
+                    if line.get('step_s') is not None
+                },
                 score=mean(by_lr[lr], 'score'),
                 val=mean(by_lr[lr], 'val_score'),
                 spread=spread(by_lr[lr], 'score'),
@@ -67,10 +73,21 @@ def mean(runs: list[dict], key: str) -> float:
     return statistics.mean(found) if found else math.nan
 
 
-def step_time(runs: list[dict]) -> float:
-    """Seconds of a step, the median over runs."""
-    found = [run['step_s'] for run in runs if run.get('step_s') is not None]
-    return statistics.median(found) if found else math.nan
+def relative_time(cell: dict, base: dict) -> float:
+    """Time of a step over that of a base, the median over the rates and seeds that both have.
+
+    Run by run, as a study may have gone on on another machine. Results of older versions have none.
+    """
+    ratios = [
+        cell['times'][run] / base['times'][run] for run in cell['times'].keys() & base['times']
+    ]
+    return statistics.median(ratios) if ratios else math.nan
+
+
+def base_of(methods: dict[str, dict], key: str) -> str:
+    """The method whose time is one: head-only, full where there is none, else the best by a key."""
+    ends = [name for name in ('head-only', 'full') if name in methods]
+    return ends[0] if ends else max(methods, key=lambda name: methods[name][key])
 
 
 def spread(runs: list[dict], key: str) -> float:

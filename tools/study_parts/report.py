@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from pathlib import Path
 
-from .cells import cells, hundredths, mean, share, step_time
+from .cells import base_of, cells, hundredths, mean, relative_time, share
 from .claim import by_scenario, together, verdict
 from .plan import Study
 from .plots import draw, draw_fractions
@@ -33,11 +33,6 @@ def write_report(study: Study, lines: list[dict], out: Path, name: str) -> None:
     print(f'wrote {file}')
 
 
-def relative(time: float, unit: float) -> str:
-    """A time over another; results of older versions have none."""
-    return '' if math.isnan(time / unit) else f'{time / unit:.2f}'
-
-
 def report(
     study: Study,
     found: dict[tuple, dict[str, dict]],
@@ -62,8 +57,9 @@ def report(
         'same validation score. "trains": part of the backbone\'s parameters, prompts included.',
         '"keeps": MiB that a step keeps for its backward pass (on a GPU: the peak). "time":',
         'processor time (on a GPU: time) of a step over that of head-only, of full where there is',
-        'none, else of the first line. A diverged run has score 0. Average precision is in points',
-        "of 100. Corruption errors are plain means, not divided by another network's.",
+        'none, else of the first line, at equal rates and seeds. A diverged run has score 0.',
+        'Average precision is in points of 100. Corruption errors are plain means, not divided by',
+        "another network's.",
         '',
         *([study.note, ''] if study.note else []),
         f'`{study.path}` has the options of every method, and its rate in the backbone over',
@@ -94,19 +90,19 @@ def report(
         ]
         key = 'score' if final else 'val'
         best_first = sorted(methods, key=lambda m: -methods[m][key])
-        base = next(methods[m] for m in ('head-only', 'full', *best_first) if m in methods)
-        unit = step_time(base['runs'])
+        base = methods[base_of(methods, key)]
         for method in best_first:
             cell = methods[method]
             score, spreads = of_test * cell['score'], of_test * cell['spread']
             test = f' {score:.2f} ± {spreads:.2f} |' if final else ''
             val = f' {of_val * cell["val"]:.2f}'
             val += '' if final else f' ± {of_val * cell["val_spread"]:.2f}'
+            time = relative_time(cell, base)
             text.append(
                 f'| {method} |{test}{val} '
                 f'| {cell["lr"]:g}{"*" * cell["edge"]}{"=" * cell["tie"]} | {share(cell):.1%} '
                 f'| {mean(cell["runs"], "peak_memory") / 2**20:.1f} '
-                f'| {relative(step_time(cell["runs"]), unit)} '
+                f'| {"" if math.isnan(time) else f"{time:.2f}"} '
                 f'| {cell["count"]} ({cell["diverged"]}){"" if cell["complete"] else ", not all"} |'
             )
         picture = pictures[task, fraction, metric]
