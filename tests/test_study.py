@@ -524,24 +524,37 @@ def test_of_rates_with_one_validation_score_the_lowest_counts(parts):
     assert (cell['lr'], cell['tie']) == (2, False)
 
 
-def test_the_time_of_a_step_is_told_at_equal_rates_and_seeds(parts):
+def test_the_time_of_a_step_is_told_at_equal_rates_and_seeds_on_one_processor(parts, tmp_path):
     # Seeds 1 ran on a machine of half the speed; `b` is best at another rate and lacks one time.
     times = {
         ('head-only', 1, 0): 1.0, ('head-only', 1, 1): 2.0, ('head-only', 2, 0): 1.0,
         ('b', 1, 0): 3.0, ('b', 1, 1): 6.0, ('b', 2, 1): 6.0, ('b', 2, 0): None,
     }  # fmt: skip
-    lines = [
-        dict(line(method, lr, seed, lr, 1), step_s=step_s)
-        for (method, lr, seed), step_s in times.items()
-    ]
-    cells = parts['cells']
-    found = cells.cells(Plan, lines)['t', 1.0, 'm']
-    assert cells.base_of(found, 'val') == 'head-only'
-    assert cells.relative_time(found['b'], found['head-only']) == 3
-    assert cells.relative_time(found['head-only'], found['head-only']) == 1
-    older = cells.cells(Plan, [line('b', 1, 0, 1, 1)])['t', 1.0, 'm']
-    assert math.isnan(cells.relative_time(older['b'], found['head-only']))
-    assert cells.base_of(older, 'val') == 'b'
+
+    def timed(method, lr, seed, step_s, processor='A'):
+        more = dict(step_s=step_s, processor=processor, device='CPU', peak_memory=2**20)
+        return dict(line(method, lr, seed, lr, 1), **more)
+
+    lines = [timed(*run, step_s) for run, step_s in times.items()]
+    cells, place = parts['cells'].cells, ('t', 1.0, 'm')
+    found = cells(Plan, lines)[place]
+    assert parts['cells'].base_of(found) == 'head-only'
+    assert [found[name]['time'] for name in ('head-only', 'b')] == [1, 3]
+    # All of one on another processor: no time of it, also in the picture.
+    lines.append(timed('c', 1, 0, 9.0, 'B'))
+    found = cells(Plan, lines)[place]
+    assert math.isnan(found['c']['time'])
+    assert found['b']['time'] == 3
+    assert parts['plots'].draw(place, found, tmp_path, 'x', True)
+    # Where all have some in common, these count: not the other pairs of `b`.
+    lines[-1] = timed('c', 1, 1, 8.0)
+    lines[4] = timed('b', 1, 1, 5.0)
+    found = cells(Plan, lines)[place]
+    assert [found[name]['time'] for name in ('head-only', 'b', 'c')] == [1, 2.5, 4]
+    # Results of older versions have no time; one that has is the base.
+    older = cells(Plan, [line('head-only', 1, 0, 1, 1), timed('b', 1, 0, 1.0)])[place]
+    assert parts['cells'].base_of(older) == 'b'
+    assert math.isnan(older['head-only']['time'])
 
 
 def everywhere(method, score, share, by_seed=1, metric='m'):
@@ -659,7 +672,7 @@ def test_the_means_over_scenarios(parts):
     ]
     # Mona has not all its runs at one of the two places any more.
     less = next(one for one in lines if (one['method'], one['fraction']) == ('mona', 0.5))
-    assert rows([one for one in lines if one is not less])[1].endswith('| lora |')
+    assert rows([one for one in lines if one is not less])[1].endswith('| lora (1 lacks runs) |')
     less = next(one for one in lines if one['method'] == 'pro-tuning')
     assert rows([one for one in lines if one is not less])[0].startswith('| few labels')
     assert parts['claim'].by_scenario(Wide, {}) == []

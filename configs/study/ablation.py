@@ -171,7 +171,7 @@ tasks['flowers5-vit-low-rate'] = dict(
     prompt_lr_mult=0.1,
     methods=['pro-tuning', 'bias', 'norm'],
 )
-# The same in MobileNetV2: full fine-tuning at a thirty-third of the head's rate, rivals at a third.
+# Lower multiples in MobileNetV2, three seeds.
 tasks['flowers5-low-rate'] = dict(
     flowers5,
     fractions=[0.2],
@@ -180,6 +180,16 @@ tasks['flowers5-low-rate'] = dict(
     full_lr_mult=0.03,
     prompt_lr_mult=0.3,
     methods=['full', 'adapter', 'lora'],
+)
+# At the higher rate of the head, the rate that is best in the backbone at the lower one.
+tasks['camvid-low-rate'] = dict(
+    camvid,
+    fractions=[1.0, 0.2],
+    seeds=_base_.seeds,
+    lrs=[6e-2],
+    full_lr_mult=0.005,
+    prompt_lr_mult=0.05,
+    methods=['full', 'lora'],
 )
 tasks['flowers5-drop'] = dict(tasks['flowers5-scale'], methods=drops, seeds=[3, 4, 5, 6, 7])
 tasks['fruit-drop'] = dict(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections import defaultdict
+from collections.abc import Iterable
 
 from protune_mm.robustness import per_cent
 
@@ -12,7 +14,7 @@ from .plan import Study
 
 
 def cells(study: Study, lines: list[dict]) -> dict[tuple, dict[str, dict]]:
-    """(task, fraction, metric) to method to its runs at its best learning rate.
+    """(task, fraction, metric) to method to its runs at its best learning rate, and its time.
 
     The learning rate is the one with the best mean validation score of the task's first metric
     over all seeds; until one has all seeds, over the most that any has. Of rates with the same the
@@ -38,12 +40,7 @@ def cells(study: Study, lines: list[dict]) -> dict[tuple, dict[str, dict]]:
             best[place][method] = dict(
                 lr=lr,
                 runs=by_lr[lr],
-                times={
-                    (line['lr'], line['seed']): line['step_s']
-                    for found in by_lr.values()
-                    for line in found
-                    if line.get('step_s') is not None
-                },
+                times=step_times(itertools.chain.from_iterable(by_lr.values())),
                 score=mean(by_lr[lr], 'score'),
                 val=mean(by_lr[lr], 'val_score'),
                 spread=spread(by_lr[lr], 'score'),
@@ -54,6 +51,11 @@ def cells(study: Study, lines: list[dict]) -> dict[tuple, dict[str, dict]]:
                 edge=len(grid) > 1 and lr in (grid[0], grid[-1]),
                 tie=len(equal) > 1,
             )
+        base = best[place][base_of(best[place])]
+        timed = [set(cell['times']) for cell in best[place].values() if cell['times']]
+        shared = set.intersection(*timed) if timed else set()
+        for cell in best[place].values():
+            cell['time'] = relative_time(cell, base, shared)
     return best
 
 
@@ -73,21 +75,35 @@ def mean(runs: list[dict], key: str) -> float:
     return statistics.mean(found) if found else math.nan
 
 
-def relative_time(cell: dict, base: dict) -> float:
-    """Time of a step over that of a base, the median over the rates and seeds that both have.
+def step_times(runs: Iterable[dict]) -> dict[tuple, float]:
+    """Seconds of a step by rate, seed and processor, of the runs that have them."""
+    return {
+        (run['lr'], run['seed'], run.get('device'), run.get('processor')): run['step_s']
+        for run in runs
+        if run.get('step_s') is not None
+    }
 
-    Run by run, as a study may have gone on on another machine. Results of older versions have none.
+
+def relative_time(cell: dict, base: dict, shared: set) -> float:
+    """Time of a step over that of a base, the median over rates and seeds; no number without any.
+
+    At equal rates and seeds on one processor, as a study may have gone on on another machine: at
+    those that all methods ``shared``, where there are any, else at those that these two have. Two
+    machines of one processor are not told apart. Results of older versions have no time.
     """
-    ratios = [
-        cell['times'][run] / base['times'][run] for run in cell['times'].keys() & base['times']
-    ]
+    runs = (shared or set(base['times'])) & set(cell['times'])
+    ratios = [cell['times'][run] / base['times'][run] for run in runs]
     return statistics.median(ratios) if ratios else math.nan
 
 
-def base_of(methods: dict[str, dict], key: str) -> str:
-    """The method whose time is one: head-only, full where there is none, else the best by a key."""
-    ends = [name for name in ('head-only', 'full') if name in methods]
-    return ends[0] if ends else max(methods, key=lambda name: methods[name][key])
+def base_of(methods: dict[str, dict]) -> str:
+    """The method whose time is one: head-only, else full, else the best by validation.
+
+    One that has times, where any has.
+    """
+    timed = [name for name, cell in methods.items() if cell['times']] or list(methods)
+    ends = [name for name in ('head-only', 'full') if name in timed]
+    return ends[0] if ends else max(timed, key=lambda name: methods[name]['val'])
 
 
 def spread(runs: list[dict], key: str) -> float:

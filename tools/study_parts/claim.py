@@ -140,7 +140,11 @@ def by_scenario(study: Study, found: dict[tuple, dict[str, dict]]) -> list[str]:
                 row.append('')
                 continue
             row.append(f'{told(*mean_and_error(whole[name]))} ({wins(whole[name])})')
-        rows.append(f'| {" | ".join(row)} | {rival or "none"} |')
+        known = {name for p in places for name, cell in found[p].items() if is_rival(name, cell)}
+        which = rival or 'none'
+        if lacking := len(known - set(whole)):
+            which += f' ({lacking} {"lack" if lacking > 1 else "lacks"} runs)'
+        rows.append(f'| {" | ".join(row)} | {which} |')
     if not rows:
         return []
     return [
@@ -151,7 +155,8 @@ def by_scenario(study: Study, found: dict[tuple, dict[str, dict]]) -> list[str]:
         '"class imbalance" where images were left out, else to what the task is. ± is the standard',
         'error over the seeds that all places of a scenario have. The rival is the best of those',
         f"that train at most {LIMIT:.0%} of the backbone's parameters, by the same mean. A column",
-        'is empty where its method lacks runs at one of the places.',
+        'is empty where its method lacks runs at one of the places; how many rivals do is told',
+        'behind the best.',
         '',
         '| scenario | places | over full | over head-only | over the best rival | which |',
         '|---|---|---|---|---|---|',

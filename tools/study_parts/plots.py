@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-from .cells import base_of, hundredths, mean, relative_time
+from .cells import base_of, hundredths, mean
 from .plan import METHODS
 
 
@@ -43,21 +44,21 @@ def set_memory_scale(axis: Axes) -> None:
 AXES = (
     (
         'trained parameters in the backbone',
-        lambda cell, _: mean(cell['runs'], 'trainable_backbone'),
+        lambda cell: mean(cell['runs'], 'trainable_backbone'),
         lambda axis: axis.set_xscale('symlog', linthresh=1e4),  # Head-only trains none.
     ),
     (
         'MiB kept for backward',
-        lambda cell, _: mean(cell['runs'], 'peak_memory') / 2**20,
+        lambda cell: mean(cell['runs'], 'peak_memory') / 2**20,
         set_memory_scale,
     ),
     (
         'time of a step over that of {base}',
-        relative_time,
+        lambda cell: cell['time'],
         lambda axis: axis.set_xlim(left=0),
     ),
 )
-"""Label of an axis, what it shows of a method beside the base, and what sets its scale."""
+"""Label of an axis, what it shows of a method, and what sets its scale."""
 
 
 def draw(place: tuple, methods: dict[str, dict], out: Path, stem: str, final: bool) -> str:
@@ -68,13 +69,19 @@ def draw(place: tuple, methods: dict[str, dict], out: Path, stem: str, final: bo
     unit = hundredths(metric)
     on_gpu = next(iter(methods.values()))['runs'][0]['device'] != 'CPU'
     looks = looks_of(methods)
-    base = base_of(methods, score)
+    base = base_of(methods)
     for axis, (label, value, set_scale) in zip(axes, AXES, strict=True):
+        missing = []
         for method, cell in methods.items():
-            x = max(value(cell, methods[base]), 1e-3)
+            x = value(cell)
+            if math.isnan(x):
+                missing.append(method)
+                continue
+            x = max(x, 1e-3)
             y, spreads = unit * cell[score], unit * cell[error]
             axis.errorbar(x, y, spreads, capsize=3, label=method, linestyle='', **looks[method])
         label = label.format(base=base)
+        label += f' (none of {", ".join(missing)})' if 0 < len(missing) < 4 else ''
         axis.set_xlabel(label.replace('kept for backward', 'at the peak') if on_gpu else label)
         set_scale(axis)
         axis.grid(alpha=0.3)

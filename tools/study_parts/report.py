@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from pathlib import Path
 
-from .cells import base_of, cells, hundredths, mean, relative_time, share
+from .cells import cells, hundredths, mean, share
 from .claim import by_scenario, together, verdict
 from .plan import Study
 from .plots import draw, draw_fractions
@@ -90,14 +90,13 @@ def report(
         ]
         key = 'score' if final else 'val'
         best_first = sorted(methods, key=lambda m: -methods[m][key])
-        base = methods[base_of(methods, key)]
         for method in best_first:
             cell = methods[method]
             score, spreads = of_test * cell['score'], of_test * cell['spread']
             test = f' {score:.2f} ± {spreads:.2f} |' if final else ''
             val = f' {of_val * cell["val"]:.2f}'
             val += '' if final else f' ± {of_val * cell["val_spread"]:.2f}'
-            time = relative_time(cell, base)
+            time = cell['time']
             text.append(
                 f'| {method} |{test}{val} '
                 f'| {cell["lr"]:g}{"*" * cell["edge"]}{"=" * cell["tie"]} | {share(cell):.1%} '
