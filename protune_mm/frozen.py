@@ -272,10 +272,7 @@ def freeze(
     add_mixin(module, ProTunedBackbone)
     family = find_family(stock_type(module))
     head = tuple(family.head(module)) if family else ()
-    # Past a `__setattr__` that writes to a module inside, as that of a compiled one does.
-    module.__dict__['_protune'] = State(
-        options, head, blocks, parameters, LoadRecord(given=weights_given)
-    )
+    module._protune = State(options, head, blocks, parameters, LoadRecord(given=weights_given))
     if family is None:
         # A user's own may call operations that read memory as if it were contiguous: it is asked
         # for by lean=dict(channels_last=True).

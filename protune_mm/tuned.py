@@ -73,8 +73,9 @@ class State:
     def find_fingerprint(self, backbone: nn.Module) -> str:
         """The fingerprint of a backbone's frozen weights, computed where they have changed."""
         found = list(identifying(backbone, frozen_tensors(backbone)))
-        if not self.fingerprint or self.fingerprint[0] != _stamp(found):
-            self.fingerprint = (_stamp(found), fingerprint(found))
+        now = _stamp(found)
+        if not self.fingerprint or self.fingerprint[0] != now:
+            self.fingerprint = (now, fingerprint(found))
         return self.fingerprint[1]
 
     def pin_fingerprint(self, backbone: nn.Module, known: str) -> None:

@@ -81,6 +81,7 @@ def draw(place: tuple, methods: dict[str, dict], out: Path, stem: str, final: bo
             y, spreads = unit * cell[score], unit * cell[error]
             axis.errorbar(x, y, spreads, capsize=3, label=method, linestyle='', **looks[method])
         label = label.format(base=base)
+        # As many names as there is room for below an axis.
         label += f' (none of {", ".join(missing)})' if 0 < len(missing) < 4 else ''
         axis.set_xlabel(label.replace('kept for backward', 'at the peak') if on_gpu else label)
         set_scale(axis)
