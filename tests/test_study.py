@@ -221,6 +221,15 @@ def test_bad_input(study, tmp_path, change, more, message):
         ('seeds = [0]', "seeds = [0]; variants = {'my lora': {}}", "'my lora' has a space"),
         ('steps=3,', 'steps=3, lrs=[],', "task 'small': lrs=[] is no grid of learning rates"),
         ('steps=3,', 'steps=3, lrs=[1e-3, 0.001],', 'lrs=[0.001, 0.001] names one twice'),
+        ('steps=3,', 'steps=3, lrs=[(1e-3,)],', "task 'small': lrs=[(0.001,)] is no grid of"),
+        ('steps=3,', 'steps=3, lrs=[(1e-3, 0)],', "task 'small': lrs=[(0.001, 0)] is no grid of"),
+        ('steps=3,', 'steps=3, lrs=[1e-3, (1e-3, 1)],', 'names one twice'),
+        (
+            'steps=3,',
+            'steps=3, lrs=[(1e-3, 0.5)], prompt_lr_mult=0.1,',
+            "a rate has 0.5 of the multiple in the backbone, and 'full' has no multiple: give the "
+            'task full_lr_mult',
+        ),
         ('[1.0]', '[1.0, 1]', 'fractions=[1.0, 1] names one twice'),
         ('steps=3,', 'steps=3, full_lr_mult=0,', "task 'small': full_lr_mult=0 is no factor"),
         ('steps=3,', "steps=3, methods=['lorra'],", "task 'small': method 'lorra' is unknown"),
@@ -459,8 +468,8 @@ class Plan:
     lrs, seeds = [1, 2, 3], [0, 1]
 
     @classmethod
-    def lrs_of(cls, task):
-        return cls.lrs
+    def rates_of(cls, task, method=None):
+        return [(lr, 1.0) for lr in cls.lrs]
 
     @classmethod
     def seeds_of(cls, task):
@@ -782,6 +791,50 @@ def test_a_multiplier_of_a_task_is_for_what_trains_in_the_backbone(study, parts)
             if any(parameter is p for p in model.backbone.parameters() if p.requires_grad)
         }
         assert rates == {dict(full=0.01, mine=0.3).get(run.method, 0.1)}, run.method
+
+
+def test_a_rate_may_have_a_part_of_the_multiples(study, parts, tmp_path):
+    """The head trains at the rate, what is in the backbone at a part of what else it had."""
+    grid = 'steps=3, lrs=[1e-3, (1e-3, 0.5)]'
+    mults = 'prompt_lr_mult=0.1, full_lr_mult=0.01'
+    file = study(('lora', 'full', 'head-only'), **{'steps=3': f'{grid}, {mults}'})
+    plan = parts['plan'].Study(str(file))
+    runs = {run.key: run for run in plan.runs()}
+    # Head-only has nothing of which to take a part.
+    assert [*runs] == [
+        'small lora 1 0.001 0', 'small lora 1 0.001x0.5 0', 'small full 1 0.001 0',
+        'small full 1 0.001x0.5 0', 'small head-only 1 0.001 0',
+    ]  # fmt: skip
+    assert all(parts['plan'].Run.of(key) == run for key, run in runs.items())
+    assert len({plan.setting(run) for run in runs.values()}) == 5
+    for run in runs.values():
+        cfg = parts['run_config'].config_of(plan, run, '')
+        model = MODELS.build(cfg.model)
+        wrapper = build_optim_wrapper(model, wrap_constructor(cfg.optim_wrapper))
+        ours = {id(p) for p in model.backbone.parameters() if p.requires_grad}
+        rates = [set(), set()]
+        for group in wrapper.optimizer.param_groups:
+            for parameter in group['params']:
+                rates[id(parameter) in ours].add(round(group['lr'] / run.lr, 6))
+        part = {'lora': 0.1, 'full': 0.01}.get(run.method, 0) * run.lr_part
+        assert rates == [{1.0}, {part} - {0}], run.key
+    done = run_tool('tools/study.py', file, '--run', 'small lora 1 0.001x0.5 0')
+    (row,) = [json.loads(text) for text in done.stdout.splitlines() if text.startswith('{')]
+    assert (row['key'], row['lr'], row['lr_part']) == ('small lora 1 0.001x0.5 0', 1e-3, 0.5)
+    done = run_tool('tools/study.py', file, '--run', 'small head-only 1 0.001x0.5 0', check=False)
+    assert "'head-only' has no multiple: use 1" in done.stderr
+
+
+def test_of_a_rate_and_a_part_of_the_multiples_validation_picks_one(parts, tmp_path):
+    half = [dict(line('lora', 3, seed, 90, 7), lr_part=0.5) for seed in (0, 1)]
+    lines = everywhere('lora', 70, 0.05) + half
+    ours = dict(
+        rates_of=lambda task, method=None: [(1, 1.0), (2, 1.0), (3, 0.5), (3, 1.0)],
+        seeds_of=Plan.seeds_of,
+    )
+    cell = parts['cells'].cells(Mock(**ours), lines)['t', 1.0, 'm']['lora']
+    assert (cell['lr'], cell['lr_part'], cell['score']) == (3, 0.5, 7)
+    assert (cell['complete'], cell['edge']) == (True, True)
 
 
 def test_images_that_a_fraction_leaves_out_validate(study, parts):

@@ -23,7 +23,7 @@ def cells(study: Study, lines: list[dict]) -> dict[tuple, dict[str, dict]]:
     runs = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for line in lines:
         place = (line['task'], line['fraction'], line['metric'])
-        runs[place][line['method']][line['lr']].append(line)
+        runs[place][line['method']][rate_of(line)].append(line)
     best, chosen = {}, {}
     for place, methods in runs.items():
         task, fraction, _ = place
@@ -34,11 +34,12 @@ def cells(study: Study, lines: list[dict]) -> dict[tuple, dict[str, dict]]:
             # The first metric of a task chooses for all: the scores are of one model.
             equal = chosen.setdefault((task, fraction, method), best_rates(by_lr, whole))
             lr = equal[0]
-            grid = sorted(study.lrs_of(task))
+            grid = sorted(study.rates_of(task, method))
             planned = len(grid) * len(study.seeds_of(task))
             count = sum(len(found) for found in by_lr.values())
             best[place][method] = dict(
-                lr=lr,
+                lr=lr[0],
+                lr_part=lr[1],
                 runs=by_lr[lr],
                 times=step_times(itertools.chain.from_iterable(by_lr.values())),
                 score=mean(by_lr[lr], 'score'),
@@ -48,7 +49,7 @@ def cells(study: Study, lines: list[dict]) -> dict[tuple, dict[str, dict]]:
                 diverged=sum(line['diverged'] for found in by_lr.values() for line in found),
                 count=count,
                 complete=count == planned,
-                edge=len(grid) > 1 and lr in (grid[0], grid[-1]),
+                edge=lr[0] in (grid[0][0], grid[-1][0]) and grid[0][0] < grid[-1][0],
                 tie=len(equal) > 1,
             )
         base = best[place][base_of(best[place])]
@@ -59,7 +60,12 @@ def cells(study: Study, lines: list[dict]) -> dict[tuple, dict[str, dict]]:
     return best
 
 
-def best_rates(by_lr: dict[float, list[dict]], whole: list[float]) -> list[float]:
+def rate_of(line: dict) -> tuple[float, float]:
+    """The point of the grid that a run had. In older results all had the whole of the multiples."""
+    return line['lr'], line.get('lr_part', 1.0)
+
+
+def best_rates(by_lr: dict[tuple, list[dict]], whole: list[tuple]) -> list[tuple]:
     """Those of some rates that have the best validation score, the lowest first.
 
     Scores that differ by rounding alone are the same.
@@ -78,7 +84,7 @@ def mean(runs: list[dict], key: str) -> float:
 def step_times(runs: Iterable[dict]) -> dict[tuple, float]:
     """Seconds of a step by rate, seed and processor, of the runs that have them."""
     return {
-        (run['lr'], run['seed'], run.get('device'), run.get('processor')): run['step_s']
+        (*rate_of(run), run['seed'], run.get('device'), run.get('processor')): run['step_s']
         for run in runs
         if run.get('step_s') is not None
     }

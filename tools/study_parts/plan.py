@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import itertools
 import json
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -55,6 +56,7 @@ class Run:
         fraction: part of the training set.
         lr: base learning rate.
         seed: of the run, and of the part of the training set.
+        lr_part: what the task's multiples of the rate, in the backbone, are multiplied by.
     """
 
     task: str
@@ -62,11 +64,13 @@ class Run:
     fraction: float
     lr: float
     seed: int
+    lr_part: float = 1.0
 
     @property
     def key(self) -> str:
         """What tells this run from all others."""
-        return f'{self.task} {self.method} {self.fraction:g} {self.lr:g} {self.seed}'
+        rate = rate_text(self.lr, self.lr_part)
+        return f'{self.task} {self.method} {self.fraction:g} {rate} {self.seed}'
 
     @classmethod
     def of(cls, key: str) -> Run:
@@ -76,13 +80,20 @@ class Run:
             ValueError: it has not five parts, or its last three are no numbers.
         """
         try:
-            task, method, fraction, lr, seed = key.split(' ')
-            return cls(task, method, float(fraction), float(lr), int(seed))
+            task, method, fraction, rate, seed = key.split(' ')
+            lr, times, part = rate.partition('x')
+            part = float(part) if times else 1.0
+            return cls(task, method, float(fraction), float(lr), int(seed), part)
         except ValueError as error:
             raise ValueError(
                 f'\'{key}\' names no run: use "TASK METHOD FRACTION RATE SEED", such as '
-                '"flowers5 full 0.2 0.001 0"'
+                '"flowers5 full 0.2 0.001 0"; RATE may have a part of the multiples, 0.001x0.5'
             ) from error
+
+
+def rate_text(lr: float, part: float) -> str:
+    """A point of a grid in a key or a table, such as 0.06, or 0.06x0.5 with half the multiples."""
+    return f'{lr:g}' if part == 1 else f'{lr:g}x{part:g}'
 
 
 class Study:
@@ -97,6 +108,10 @@ class Study:
     validate too, because a few hundred choose a rate by chance), and ``scenarios``: ``severities``
     of the common corruptions, ``shifts`` (transforms that make another domain of the test split, by
     name), ``attacks`` with budgets in 255ths, on ``every`` such test image.
+
+    ``lrs`` is the grid of base learning rates. A pair in it, ``(6e-2, 0.5)``, is a rate at which
+    both multiples are halved, so that the head alone trains faster; methods that train nothing in
+    the backbone have each rate once.
 
     ``options`` (by backbone, then method, ``{}`` for a backbone without; of a task by method, over
     those) and ``variants`` (methods of this file) are what the line of the backbone gets, and
@@ -173,16 +188,16 @@ class Study:
         self._check_methods(where, task.get('methods', ()))
         self._check_seeds(where, self.seeds_of(name))
         for key, choices in (
-            ('lrs', self.lrs_of(name)),
             ('fractions', task['fractions']),
             ('methods', task.get('methods', self.methods)),
         ):
             if len({*choices}) < len(choices):
                 raise ValueError(f'{where}: {key}={list(choices)} names one twice: leave it out')
-        rates = self.lrs_of(name)
-        if not (rates and all(rate > 0 for rate in rates)):
-            raise ValueError(f'{where}: lrs={rates} is no grid of learning rates: use [1e-3, 3e-3]')
         self._check_methods(f'{where}: options', task.get('options', ()))
+        for key in ('prompt_lr_mult', 'full_lr_mult'):
+            if not task.get(key, 1) > 0:
+                raise ValueError(f'{where}: {key}={task[key]} is no factor: use > 0')
+        self._check_rates(where, name)
         self._check_scenarios(where, task)
         if '::' not in task['config'] and not Path(task['config']).exists():
             raise ValueError(f'{where} has no config {task["config"]}')
@@ -193,15 +208,30 @@ class Study:
                 f'{where}: validate_on_rest is for data sets without a long tail, and not for '
                 'metrics that read an annotation file'
             )
-        for key in ('prompt_lr_mult', 'full_lr_mult'):
-            if not task.get(key, 1) > 0:
-                raise ValueError(f'{where}: {key}={task[key]} is no factor: use > 0')
         for fraction in task['fractions']:
             if not 0 < fraction <= 1:
                 raise ValueError(f'{where}: fraction {fraction} is no part of the labels')
         for key in ('steps', 'few_steps'):
             if task.get(key, 2) < 2:
                 raise ValueError(f'{where}: {key}={task[key]} leaves no step after the warm-up')
+
+    def _check_rates(self, where: str, name: str) -> None:
+        lrs, task = list(self._lrs(name)), self.tasks[name]
+        try:
+            rates = self.rates_of(name)
+            good = rates and all(rate > 0 and 0 < part < math.inf for rate, part in rates)
+        except (TypeError, ValueError):
+            good = False
+        if not good:
+            raise ValueError(
+                f'{where}: lrs={lrs} is no grid of learning rates: use [1e-3, 3e-3], or '
+                '[1e-3, (3e-3, 0.5)] for one with half of the multiples in the backbone'
+            )
+        if len({*rates}) < len(rates):
+            raise ValueError(f'{where}: lrs={lrs} names one twice: leave it out')
+        for method in task.get('methods', self.methods):
+            for _, part in self.rates_of(name, method):
+                self.backbone_options(name, method, part)
 
     @staticmethod
     def _check_scenarios(where: str, task: dict) -> None:
@@ -254,26 +284,68 @@ class Study:
     def runs(self) -> list[Run]:
         """All runs: what can be compared first comes first."""
         return [
-            Run(name, method, fraction, lr, seed)
+            Run(name, method, fraction, lr, seed, part)
             for name, task in self.tasks.items()
-            for fraction, seed, method, lr in itertools.product(
-                task['fractions'],
-                self.seeds_of(name),
-                task.get('methods', self.methods),
-                self.lrs_of(name),
+            for fraction, seed, method in itertools.product(
+                task['fractions'], self.seeds_of(name), task.get('methods', self.methods)
             )
+            for lr, part in self.rates_of(name, method)
         ]
 
-    def lrs_of(self, task: str) -> list[float]:
-        """The grid of learning rates of a task."""
-        return list(self.tasks[task].get('lrs', self.lrs))
+    def _lrs(self, task: str) -> list:
+        return self.tasks[task].get('lrs', self.lrs)
+
+    def rates_of(self, task: str, method: str | None = None) -> list[tuple[float, float]]:
+        """The grid of a task: learning rates, and what multiplies the multiples in the backbone.
+
+        Args:
+            task: its name.
+            method: without, the points of all methods. One that trains nothing in the backbone has
+                each learning rate once.
+        """
+        pairs = [lr if isinstance(lr, (list, tuple)) else (lr, 1.0) for lr in self._lrs(task)]
+        rates = [(float(lr), float(part)) for lr, part in pairs]
+        if method and not self._multiple(self._own_options(task, method)):
+            rates = [*dict.fromkeys((lr, 1.0) for lr, _ in rates)]
+        return rates
 
     def seeds_of(self, task: str) -> list[int]:
         """The seeds of a task."""
         return list(self.tasks[task].get('seeds', self.seeds))
 
-    def backbone_options(self, task: str, method: str) -> dict:
-        """What a method adds to the backbone of a task's config."""
+    @staticmethod
+    def _multiple(options: dict) -> str:
+        """Which multiple of the rate is that of a method; none of head-only."""
+        policy = options.get('policy')
+        return {'full': 'full_lr_mult', 'head-only': ''}.get(policy, 'prompt_lr_mult')
+
+    def backbone_options(self, task: str, method: str, lr_part: float = 1.0) -> dict:
+        """What a method adds to the backbone of a task's config.
+
+        Args:
+            task: name of the task.
+            method: name of the method.
+            lr_part: what its multiple of the rate is multiplied by.
+
+        Raises:
+            ValueError: a part is asked for, and neither the task nor the method has the multiple.
+        """
+        found, plan = self._own_options(task, method), self.tasks[task]
+        key = self._multiple(found)
+        if key in plan:
+            found.setdefault(key, plan[key])
+        if lr_part != 1:
+            if key not in found:
+                want = f'give the task {key}, 1.0 for the rate of the head' if key else 'use 1'
+                raise ValueError(
+                    f"{self.path}: task '{task}': a rate has {lr_part:g} of the multiple in the "
+                    f"backbone, and '{method}' has no multiple: {want}"
+                )
+            found[key] = round(found[key] * lr_part, 12)
+        return found
+
+    def _own_options(self, task: str, method: str) -> dict:
+        """Those of a method, without what a task says of all."""
         plan = self.tasks[task]
         if method in self.variants:
             found = copy.deepcopy(self.variants[method])
@@ -281,10 +353,6 @@ class Study:
             found = copy.deepcopy(METHODS[method])
             _update(found, self.options.get(plan['backbone'], {}).get(method))
         _update(found, plan.get('options', {}).get(method))
-        policy = found.get('policy')
-        key = {'full': 'full_lr_mult', 'head-only': ''}.get(policy, 'prompt_lr_mult')
-        if key in plan:
-            found.setdefault(key, plan[key])
         return found
 
     def setting(self, run: Run) -> str:
@@ -301,7 +369,7 @@ class Study:
         if run.fraction == 1:
             apart.append('validate_on_rest')  # There is no rest.
         task = {k: v for k, v in self.tasks[run.task].items() if k not in apart}
-        options = self.backbone_options(run.task, run.method)
+        options = self.backbone_options(run.task, run.method, run.lr_part)
         plan = dict(task=task, config=self._config(task['config']), options=options)
         if options.get('policy', 'prompts') == 'prompts':
             given = options.pop('prompt', None)

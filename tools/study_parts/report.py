@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .cells import cells, hundredths, mean, share
 from .claim import by_scenario, together, verdict
-from .plan import Study
+from .plan import Study, rate_text
 from .plots import draw, draw_fractions
 
 
@@ -54,7 +54,8 @@ def report(
         f'{shown}, mean and standard deviation over seeds, at the learning rate with the best',
         'mean validation score of the first metric; the same grid of rates, steps and seeds for',
         'every method; * where that rate is at an end of the grid, = where a higher one has the',
-        'same validation score. "trains": part of the backbone\'s parameters, prompts included.',
+        'same validation score; 0.06x0.5 is a rate of 0.06 with half of the multiple of what',
+        'trains in the backbone. "trains": part of the backbone\'s parameters, prompts included.',
         '"keeps": MiB that a step keeps for its backward pass (on a GPU: the peak). "time":',
         'processor time (on a GPU: time) of a step over that of head-only, of full where there is',
         'none, else of the first line, at equal rates and seeds. A diverged run has score 0.',
@@ -97,9 +98,10 @@ def report(
             val = f' {of_val * cell["val"]:.2f}'
             val += '' if final else f' ± {of_val * cell["val_spread"]:.2f}'
             time = cell['time']
+            rate = rate_text(cell['lr'], cell['lr_part'])
             text.append(
                 f'| {method} |{test}{val} '
-                f'| {cell["lr"]:g}{"*" * cell["edge"]}{"=" * cell["tie"]} | {share(cell):.1%} '
+                f'| {rate}{"*" * cell["edge"]}{"=" * cell["tie"]} | {share(cell):.1%} '
                 f'| {mean(cell["runs"], "peak_memory") / 2**20:.1f} '
                 f'| {"" if math.isnan(time) else f"{time:.2f}"} '
                 f'| {cell["count"]} ({cell["diverged"]}){"" if cell["complete"] else ", not all"} |'

@@ -24,7 +24,7 @@ def config_of(study: Study, run: Run, work: str) -> Config:
     task = study.tasks[run.task]
     steps = steps_of(task, run)
     cfg = protune_mm.load_config(task['config'], cfg_options=dict(task.get('cfg_options', {})))
-    options = study.backbone_options(run.task, run.method)
+    options = study.backbone_options(run.task, run.method, run.lr_part)
     rules = cfg.optim_wrapper.get('paramwise_cfg') or {}
     if 'prompt_lr_mult' in options:
         rules['prompt_lr_mult'] = options.pop('prompt_lr_mult')

@@ -160,6 +160,7 @@ def train(path: str, key: str) -> dict:
                 fraction=run.fraction,
                 seed=run.seed,
                 lr=run.lr,
+                lr_part=run.lr_part,
                 setting=study.setting(run),
                 steps=steps_of(task, run),
                 metric=metric,
