@@ -47,12 +47,27 @@ def stack_versions() -> dict[str, str]:
     return found
 
 
-def processor() -> str:
-    """Model of the CPU, for the reader of a table; empty where the system does not tell."""
-    info = Path('/proc/cpuinfo')
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(':')[1].strip() for line in lines if line.startswith('model name')]
-    return names[0] if names else platform.processor()
+def processor(info: str = '/proc/cpuinfo') -> str:
+    """Kind of CPU: ``AMD EPYC (family 25, model 17)``; empty where the system does not tell.
+
+    The numbers are there because a cloud may give one name to several kinds, which differ in speed
+    and round differently.
+
+    Args:
+        info: what Linux tells of it.
+    """
+    text = Path(info).read_text() if Path(info).exists() else ''
+    found: dict[str, str] = {}
+    for name, value in re.findall(r'^(model name|cpu family|model)\s*: *(.*)$', text, re.M):
+        found.setdefault(name, value.strip())
+    if 'model name' not in found:
+        return platform.processor()
+    numbers = [
+        f'{short} {found[name]}'
+        for name, short in (('cpu family', 'family'), ('model', 'model'))
+        if name in found
+    ]
+    return found['model name'] + (f' ({", ".join(numbers)})' if numbers else '')
 
 
 def register_config_packages() -> None:

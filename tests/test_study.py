@@ -2,6 +2,7 @@
 
 import json
 import math
+import platform
 import shutil
 from unittest.mock import Mock
 
@@ -11,7 +12,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, MODELS, DefaultScope
 from torch import nn
 
-from protune_mm.compat import stack_versions
+from protune_mm.compat import processor, stack_versions
 from protune_mm.optim import wrap_constructor
 from tests.conftest import ROOT, run_tool
 from tests.small_runs import CLS
@@ -475,6 +476,16 @@ class Plan:
     def seeds_of(cls, task):
         # `more` has a seed more than `t`.
         return cls.seeds + [2] * (task == 'more')
+
+
+def test_two_kinds_of_processor_with_one_name_are_told_apart(tmp_path):
+    info = tmp_path / 'cpuinfo'
+    core = 'processor: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\nstepping: 1\n'
+    info.write_text(core + core.replace('17', '1'))
+    assert processor(str(info)) == 'AMD EPYC (family 25, model 17)'
+    info.write_text('model name\t: Cortex\n')
+    assert processor(str(info)) == 'Cortex'
+    assert processor(str(tmp_path / 'none')) == platform.processor()
 
 
 def test_a_report_tells_every_machine_and_version(parts):

@@ -181,16 +181,18 @@ tasks['flowers5-low-rate'] = dict(
     prompt_lr_mult=0.3,
     methods=['full', 'adapter', 'lora'],
 )
-# At the higher rate of the head, the rate that is best in the backbone at the lower one.
-tasks['camvid-low-rate'] = dict(
-    camvid,
-    fractions=[1.0, 0.2],
-    seeds=_base_.seeds,
-    lrs=[6e-2],
-    full_lr_mult=0.005,
-    prompt_lr_mult=0.05,
-    methods=['full', 'lora'],
-)
+# Half and twice of what the other dense tasks have, at the rate of the head that is best there.
+for name, rate in (('fruit', 1e-3), ('camvid-instances', 2e-3)):
+    tasks[f'{name}-rates'] = {
+        key: value for key, value in _base_.tasks[name].items() if key != 'scenarios'
+    } | dict(
+        fractions=[1.0],
+        seeds=_base_.seeds,
+        lrs=[(rate, 0.5), (rate, 2.0)],
+        prompt_lr_mult=1.0,
+        full_lr_mult=0.1,
+        methods=['full', 'pro-tuning', 'lora'],
+    )
 tasks['flowers5-drop'] = dict(tasks['flowers5-scale'], methods=drops, seeds=[3, 4, 5, 6, 7])
 tasks['fruit-drop'] = dict(
     tasks['fruit-scale'], fractions=[0.25, 1.0], lrs=[1e-3], methods=drops[::2]
@@ -269,4 +271,4 @@ tasks['flowers5-sgd'] = dict(
         'optim_wrapper.optimizer.weight_decay': 1e-4,
     },
 )
-del hidden, scale, alpha, rate, prompt, one_rate
+del hidden, scale, alpha, rate, prompt, one_rate, name

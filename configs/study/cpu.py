@@ -13,8 +13,7 @@ methods = [
 lrs = [3e-4, 1e-3, 3e-3, 1e-2]
 seeds = [0, 1, 2]
 # For tasks where three left Pro-tuning and full fine-tuning nearer than the standard error of their
-# difference in any row, whichever was ahead. fruit, camvid-instances, camvid and camvid-longer are to
-# follow.
+# difference in any row, whichever was ahead. fruit, camvid-instances and camvid-longer are to follow.
 more_seeds = [0, 1, 2, 3, 4]
 
 size = 80
@@ -68,9 +67,9 @@ camvid = dict(
     backbone='MobileNetV2',
     metrics=['mIoU'],
     steps=250,
-    lrs=[3e-3, 1e-2, 3e-2, 6e-2],
-    # The head is new and wants ten times the rate of what is in the backbone, and a hundred times
-    # where all of the backbone trains (by validation).
+    lrs=[3e-3, 1e-2, 3e-2, (6e-2, 0.5), 6e-2],
+    # The head is new and wants ten to twenty times the rate of what is in the backbone, and a
+    # hundred to two hundred where all of the backbone trains (by validation).
     prompt_lr_mult=0.1,
     full_lr_mult=0.01,
     channels_last=True,

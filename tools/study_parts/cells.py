@@ -94,8 +94,8 @@ def relative_time(cell: dict, base: dict, shared: set) -> float:
     """Time of a step over that of a base, the median over rates and seeds; no number without any.
 
     At equal rates and seeds on one processor, as a study may have gone on on another machine: at
-    those that all methods ``shared``, where there are any, else at those that these two have. Two
-    machines of one processor are not told apart. Results of older versions have no time.
+    those that all methods ``shared``, where there are any, else at those that these two have.
+    Older results have no time, or tell the name of their processor and not its kind.
     """
     runs = (shared or set(base['times'])) & set(cell['times'])
     ratios = [cell['times'][run] / base['times'][run] for run in runs]
