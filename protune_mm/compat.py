@@ -60,7 +60,7 @@ def processor(info: str = '/proc/cpuinfo') -> str:
     found: dict[str, str] = {}
     for name, value in re.findall(r'^(model name|cpu family|model)\s*: *(.*)$', text, re.M):
         found.setdefault(name, value.strip())
-    if 'model name' not in found:
+    if not found.get('model name'):
         return platform.processor()
     numbers = [
         f'{short} {found[name]}'

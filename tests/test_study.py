@@ -228,8 +228,13 @@ def test_bad_input(study, tmp_path, change, more, message):
         (
             'steps=3,',
             'steps=3, lrs=[(1e-3, 0.5)], prompt_lr_mult=0.1,',
-            "a rate has 0.5 of the multiple in the backbone, and 'full' has no multiple: give the "
-            'task full_lr_mult',
+            "a rate has x0.5 of the multiple in the backbone, and that of 'full' is left to the "
+            'config: tell it, by full_lr_mult of the task',
+        ),
+        (
+            'steps=3,',
+            'steps=3, lrs=[(1e-3, 0.5)], full_lr_mult=0.1,',
+            "that of 'lora' is left to the config: tell it, by prompt_lr_mult",
         ),
         ('[1.0]', '[1.0, 1]', 'fractions=[1.0, 1] names one twice'),
         ('steps=3,', 'steps=3, full_lr_mult=0,', "task 'small': full_lr_mult=0 is no factor"),
@@ -746,12 +751,12 @@ def test_the_studies_of_the_repository_read(name, monkeypatch):
     assert len({run.key for run in runs}) == len(runs)
     assert all(Run.of(run.key) == run for run in runs)
     # A form that was run once more, on the processor of those it is compared with.
-    again = ('flowers5-held-out', 'inside-principal-drop0')
-    settings = {(run.task, run.method): study.setting(run) for run in runs}
+    again = ('flowers5-held-out', 'inside-principal-drop0', 1.0)
+    settings = {(run.task, run.method, run.lr_part): study.setting(run) for run in runs}
     if name == 'held_out':
         del settings[again]
     # Two tasks may be of the same form, with other seeds.
-    assert len({(task, told) for (task, _), told in settings.items()}) == len(settings)
+    assert len({(task, told) for (task, *_), told in settings.items()}) == len(settings)
 
 
 @pytest.mark.parametrize('name', ['held_out', 'attack', 'attack_gpu'])
@@ -804,7 +809,7 @@ def test_a_multiplier_of_a_task_is_for_what_trains_in_the_backbone(study, parts)
         assert rates == {dict(full=0.01, mine=0.3).get(run.method, 0.1)}, run.method
 
 
-def test_a_rate_may_have_a_part_of_the_multiples(study, parts, tmp_path):
+def test_a_rate_may_have_a_part_of_the_multiples(study, parts):
     """The head trains at the rate, what is in the backbone at a part of what else it had."""
     grid = 'steps=3, lrs=[1e-3, (1e-3, 0.5)]'
     mults = 'prompt_lr_mult=0.1, full_lr_mult=0.01'
@@ -833,19 +838,61 @@ def test_a_rate_may_have_a_part_of_the_multiples(study, parts, tmp_path):
     (row,) = [json.loads(text) for text in done.stdout.splitlines() if text.startswith('{')]
     assert (row['key'], row['lr'], row['lr_part']) == ('small lora 1 0.001x0.5 0', 1e-3, 0.5)
     done = run_tool('tools/study.py', file, '--run', 'small head-only 1 0.001x0.5 0', check=False)
-    assert "'head-only' has no multiple: use 1" in done.stderr
+    assert 'could have x0.5: leave that out' in done.stderr
 
 
-def test_of_a_rate_and_a_part_of_the_multiples_validation_picks_one(parts, tmp_path):
+def test_a_part_has_the_digits_that_a_key_has(study, parts):
+    """Else the run that a key names had another setting than the planned one, and ran for ever."""
+    grid = 'steps=3, lrs=[(1 / 700, 1 / 3)], prompt_lr_mult=0.1, full_lr_mult=0.01'
+    plan = parts['plan'].Study(str(study(**{'steps=3': grid})))
+    for run in plan.runs():
+        assert parts['plan'].Run.of(run.key) == run
+        assert '0.00142857x0.333333' in run.key
+
+
+@pytest.mark.parametrize('rate', ['x0.5', '0.001x', '0.001x1', '0.001x0', '1x2x3', 'nan', '1xinf'])
+def test_keys_of_no_rate(parts, rate):
+    with pytest.raises(ValueError, match='names no run: use'):
+        parts['plan'].Run.of(f'small lora 1 {rate} 0')
+
+
+class PartsPlan(Plan):
+    @classmethod
+    def rates_of(cls, task, method=None):
+        return [(1, 1.0), (2, 1.0), (3, 0.5), (3, 1.0)][: 3 if method == 'head-only' else 4]
+
+
+def test_of_a_rate_and_a_part_of_the_multiples_validation_picks_one(parts):
     half = [dict(line('lora', 3, seed, 90, 7), lr_part=0.5) for seed in (0, 1)]
-    lines = everywhere('lora', 70, 0.05) + half
-    ours = dict(
-        rates_of=lambda task, method=None: [(1, 1.0), (2, 1.0), (3, 0.5), (3, 1.0)],
-        seeds_of=Plan.seeds_of,
-    )
-    cell = parts['cells'].cells(Mock(**ours), lines)['t', 1.0, 'm']['lora']
+    cells = parts['cells'].cells
+    cell = cells(PartsPlan, everywhere('lora', 70, 0.05) + half)['t', 1.0, 'm']['lora']
     assert (cell['lr'], cell['lr_part'], cell['score']) == (3, 0.5, 7)
-    assert (cell['complete'], cell['edge']) == (True, True)
+    assert (cell['complete'], cell['edge'], cell['tie']) == (True, True, False)
+    # Of two parts with one score the lower counts.
+    whole = [line('lora', 3, seed, 90, 8) for seed in (0, 1)]
+    cell = cells(PartsPlan, whole + half)['t', 1.0, 'm']['lora']
+    assert (cell['lr_part'], cell['score'], cell['tie']) == (0.5, 7, True)
+
+
+def test_an_end_of_a_grid_is_one_of_its_rates_or_else_of_their_parts(parts):
+    is_end = parts['cells'].is_end
+    grid = PartsPlan.rates_of('t')
+    assert [is_end(rate, grid) for rate in grid] == [True, False, True, True]
+    grid = [(1, 0.5), (1, 1.0), (1, 2.0)]
+    assert [is_end(rate, grid) for rate in grid] == [True, False, True]
+    assert not is_end((1, 1.0), grid[1:2])
+
+
+def test_a_step_takes_as_long_with_any_part_of_a_multiple(parts):
+    """So it is compared with head-only, which has none."""
+    lines = [
+        dict(line(method, 3, 0, val, 0), lr_part=part, step_s=step_s, processor='A')
+        for method, part, val, step_s in (
+            ('head-only', 1.0, 1, 1.0), ('lora', 0.5, 3, 3.0), ('lora', 1.0, 2, 5.0),
+        )
+    ]  # fmt: skip
+    found = parts['cells'].cells(PartsPlan, lines)['t', 1.0, 'm']
+    assert (found['lora']['lr_part'], found['lora']['time']) == (0.5, 4.0)
 
 
 def test_images_that_a_fraction_leaves_out_validate(study, parts):

@@ -49,7 +49,7 @@ def cells(study: Study, lines: list[dict]) -> dict[tuple, dict[str, dict]]:
                 diverged=sum(line['diverged'] for found in by_lr.values() for line in found),
                 count=count,
                 complete=count == planned,
-                edge=lr[0] in (grid[0][0], grid[-1][0]) and grid[0][0] < grid[-1][0],
+                edge=is_end(lr, grid),
                 tie=len(equal) > 1,
             )
         base = best[place][base_of(best[place])]
@@ -63,6 +63,13 @@ def cells(study: Study, lines: list[dict]) -> dict[tuple, dict[str, dict]]:
 def rate_of(line: dict) -> tuple[float, float]:
     """The point of the grid that a run had. In older results all had the whole of the multiples."""
     return line['lr'], line.get('lr_part', 1.0)
+
+
+def is_end(rate: tuple[float, float], grid: list[tuple[float, float]]) -> bool:
+    """Whether better may lie outside of a grid: a rate, or a part where the grid has one rate."""
+    i = 0 if len({lr for lr, _ in grid}) > 1 else 1
+    found = {point[i] for point in grid}
+    return len(found) > 1 and rate[i] in (min(found), max(found))
 
 
 def best_rates(by_lr: dict[tuple, list[dict]], whole: list[tuple]) -> list[tuple]:
@@ -82,12 +89,16 @@ def mean(runs: list[dict], key: str) -> float:
 
 
 def step_times(runs: Iterable[dict]) -> dict[tuple, float]:
-    """Seconds of a step by rate, seed and processor, of the runs that have them."""
-    return {
-        (*rate_of(run), run['seed'], run.get('device'), run.get('processor')): run['step_s']
-        for run in runs
-        if run.get('step_s') is not None
-    }
+    """Seconds of a step by rate, seed and processor, of the runs that have them.
+
+    Over the parts of a multiple their mean: head-only has none, and a step takes as long with any.
+    """
+    found = defaultdict(list)
+    for run in runs:
+        if run.get('step_s') is not None:
+            key = (run['lr'], run['seed'], run.get('device'), run.get('processor'))
+            found[key].append(run['step_s'])
+    return {key: statistics.mean(times) for key, times in found.items()}
 
 
 def relative_time(cell: dict, base: dict, shared: set) -> float:

@@ -77,18 +77,25 @@ class Run:
         """The run of a key.
 
         Raises:
-            ValueError: it has not five parts, or its last three are no numbers.
+            ValueError: it has not five parts, or its last three are no numbers of a plan.
         """
         try:
             task, method, fraction, rate, seed = key.split(' ')
-            lr, times, part = rate.partition('x')
-            part = float(part) if times else 1.0
-            return cls(task, method, float(fraction), float(lr), int(seed), part)
+            lr, *parts = map(float, rate.split('x'))
+            (part,) = parts or [1.0]
+            if not (is_rate(lr, part) and parts != [1.0]):
+                raise ValueError(rate)
+            return cls(task, method, float(fraction), lr, int(seed), part)
         except ValueError as error:
             raise ValueError(
                 f'\'{key}\' names no run: use "TASK METHOD FRACTION RATE SEED", such as '
-                '"flowers5 full 0.2 0.001 0"; RATE may have a part of the multiples, 0.001x0.5'
+                '"flowers5 full 0.2 0.001 0", or 0.001x0.5 for a rate with half of the multiple'
             ) from error
+
+
+def is_rate(lr: float, part: float) -> bool:
+    """Whether a grid may have this point."""
+    return 0 < lr < math.inf and 0 < part < math.inf
 
 
 def rate_text(lr: float, part: float) -> str:
@@ -110,8 +117,8 @@ class Study:
     name), ``attacks`` with budgets in 255ths, on ``every`` such test image.
 
     ``lrs`` is the grid of base learning rates. A pair in it, ``(6e-2, 0.5)``, is a rate at which
-    both multiples are halved, so that the head alone trains faster; methods that train nothing in
-    the backbone have each rate once.
+    the multiple of every method is halved, so that the head alone trains faster. Every method must
+    have one then, of the task or of its options; head-only has each rate once.
 
     ``options`` (by backbone, then method, ``{}`` for a backbone without; of a task by method, over
     those) and ``variants`` (methods of this file) are what the line of the backbone gets, and
@@ -219,7 +226,7 @@ class Study:
         lrs, task = list(self._lrs(name)), self.tasks[name]
         try:
             rates = self.rates_of(name)
-            good = rates and all(rate > 0 and 0 < part < math.inf for rate, part in rates)
+            good = rates and all(is_rate(*rate) for rate in rates)
         except (TypeError, ValueError):
             good = False
         if not good:
@@ -304,7 +311,8 @@ class Study:
                 each learning rate once.
         """
         pairs = [lr if isinstance(lr, (list, tuple)) else (lr, 1.0) for lr in self._lrs(task)]
-        rates = [(float(lr), float(part)) for lr, part in pairs]
+        # As a key tells them: a run knows no more digits.
+        rates = [(float(f'{lr:g}'), float(f'{part:g}')) for lr, part in pairs]
         if method and not self._multiple(self._own_options(task, method)):
             rates = [*dict.fromkeys((lr, 1.0) for lr, _ in rates)]
         return rates
@@ -335,11 +343,17 @@ class Study:
         if key in plan:
             found.setdefault(key, plan[key])
         if lr_part != 1:
-            if key not in found:
-                want = f'give the task {key}, 1.0 for the rate of the head' if key else 'use 1'
+            where = f"{self.path}: task '{task}'"
+            if not key:
                 raise ValueError(
-                    f"{self.path}: task '{task}': a rate has {lr_part:g} of the multiple in the "
-                    f"backbone, and '{method}' has no multiple: {want}"
+                    f"{where}: '{method}' trains nothing in the backbone of which a rate could "
+                    f'have x{lr_part:g}: leave that out'
+                )
+            if key not in found:
+                raise ValueError(
+                    f'{where}: a rate has x{lr_part:g} of the multiple in the backbone, and that '
+                    f"of '{method}' is left to the config: tell it, by {key} of the task or of the "
+                    "method's options"
                 )
             found[key] = round(found[key] * lr_part, 12)
         return found

@@ -11,6 +11,13 @@ from .claim import by_scenario, together, verdict
 from .plan import Study, rate_text
 from .plots import draw, draw_fractions
 
+PARTS = (
+    'A rate such as 0.06x0.5 is one of 0.06 for the head, at which what trains in the backbone has',
+    'half of the part of it that it has else. Head-only has each rate once.',
+    '',
+)
+"""What a table has to say where rates have a part of the multiples."""
+
 
 def write_report(study: Study, lines: list[dict], out: Path, name: str) -> None:
     """Write OUT/README.md (or another name for other results, whose table has no test scores)."""
@@ -54,8 +61,7 @@ def report(
         f'{shown}, mean and standard deviation over seeds, at the learning rate with the best',
         'mean validation score of the first metric; the same grid of rates, steps and seeds for',
         'every method; * where that rate is at an end of the grid, = where a higher one has the',
-        'same validation score; 0.06x0.5 is a rate of 0.06 with half of the multiple of what',
-        'trains in the backbone. "trains": part of the backbone\'s parameters, prompts included.',
+        'same validation score. "trains": part of the backbone\'s parameters, prompts included.',
         '"keeps": MiB that a step keeps for its backward pass (on a GPU: the peak). "time":',
         'processor time (on a GPU: time) of a step over that of head-only, of full where there is',
         'none, else of the first line, at equal rates and seeds. A diverged run has score 0.',
@@ -63,6 +69,7 @@ def report(
         "another network's.",
         '',
         *([study.note, ''] if study.note else []),
+        *(PARTS if any(line.get('lr_part', 1) != 1 for line in lines) else ()),
         f'`{study.path}` has the options of every method, and its rate in the backbone over',
         f'that of the head.{meaning}',
         '',
