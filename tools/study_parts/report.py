@@ -13,7 +13,7 @@ from .plots import draw, draw_fractions
 
 PARTS = (
     'A rate such as 0.06x0.5 is one of 0.06 for the head, at which what trains in the backbone has',
-    'half of the part of it that it has else. Head-only has each rate once.',
+    'half (x2: twice) of the part of it that it has else. Head-only has each rate once.',
     '',
 )
 """What a table has to say where rates have a part of the multiples."""
