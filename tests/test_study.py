@@ -8,6 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, MODELS, DefaultScope
 from torch import nn
@@ -705,6 +706,16 @@ def test_the_means_over_scenarios(parts):
     strange = dict(Wide.tasks, t=dict(metrics=['caption/BLEU']))
     assert parts['claim'].scenario_of(Mock(tasks=strange), ('t', 1.0, 'caption/BLEU')) is None
     assert parts['claim'].told(1.0, math.nan) == '+1.00'
+
+
+@pytest.mark.parametrize('times', [(), (1.0, 1.06)])
+def test_no_point_lies_on_the_border_of_the_times(parts, times):
+    axis = Figure().subplots()
+    for time in times:
+        axis.errorbar(time, 1, 0.1)
+    parts['plots'].set_time_scale(axis)
+    left, right = axis.get_xlim()
+    assert left == 0 < max(times, default=0.5) < right / 1.02
 
 
 def test_every_method_has_a_colour_of_its_own(parts):

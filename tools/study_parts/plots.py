@@ -41,6 +41,12 @@ def set_memory_scale(axis: Axes) -> None:
     axis.xaxis.set_minor_formatter(NullFormatter())
 
 
+def set_time_scale(axis: Axes) -> None:
+    """From zero; points that lie close to each other keep a margin to their right."""
+    right = axis.get_xlim()[1]
+    axis.set_xlim(0, max(right, 1.03 * axis.dataLim.xmax) if axis.has_data() else right)
+
+
 AXES = (
     (
         'trained parameters in the backbone',
@@ -55,7 +61,7 @@ AXES = (
     (
         'time of a step over that of {base}',
         lambda cell: cell['time'],
-        lambda axis: axis.set_xlim(left=0),
+        set_time_scale,
     ),
 )
 """Label of an axis, what it shows of a method, and what sets its scale."""
