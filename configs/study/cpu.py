@@ -4,8 +4,8 @@
 note = (
     'Where "time" is empty, the runs of that line were made on another machine than the others. Where\n'
     'Pro-tuning has one, that of all methods is of the one rate that all ran on one machine: 0.06\n'
-    'with the whole multiple in camvid and camvid-r18, 0.01 in flowers5-vit. 0.06x0.5 ran on a\n'
-    'faster one than 0.06.'
+    'with the whole multiple in camvid and camvid-r18, also where 0.06x0.5 is best, which ran on a\n'
+    'faster one, and 0.01 in flowers5-vit.'
 )
 methods = [
     'full', 'head-only', 'pro-tuning', 'bias', 'norm', 'last-k', 'adapter', 'conv-adapter', 'lora',

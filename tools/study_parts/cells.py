@@ -66,7 +66,10 @@ def rate_of(line: dict) -> tuple[float, float]:
 
 
 def is_end(rate: tuple[float, float], grid: list[tuple[float, float]]) -> bool:
-    """Whether better may lie outside of a grid: a rate, or a part where the grid has one rate."""
+    """Whether better may lie outside of a grid: a rate, or a part where the grid has one rate.
+
+    Parts in a grid of several rates are not looked at.
+    """
     i = 0 if len({lr for lr, _ in grid}) > 1 else 1
     found = {point[i] for point in grid}
     return len(found) > 1 and rate[i] in (min(found), max(found))
@@ -106,7 +109,8 @@ def relative_time(cell: dict, base: dict, shared: set) -> float:
 
     At equal rates and seeds on one processor, as a study may have gone on on another machine: at
     those that all methods ``shared``, where there are any, else at those that these two have.
-    Older results have no time, or tell the name of their processor and not its kind.
+    Two machines of one kind of processor are not told apart. Older results have no time, or tell
+    the name of their processor and not its kind.
     """
     runs = (shared or set(base['times'])) & set(cell['times'])
     ratios = [cell['times'][run] / base['times'][run] for run in runs]

@@ -12,8 +12,8 @@ from .plan import Study, rate_text
 from .plots import draw, draw_fractions
 
 PARTS = (
-    'A rate such as 0.06x0.5 is one of 0.06 for the head, at which what trains in the backbone has',
-    'half (x2: twice) of the part of it that it has else. Head-only has each rate once.',
+    '0.06x0.5: the head trains at 0.06, what trains in the backbone at half (x2: twice) of the',
+    'rate that it has with a plain 0.06. Head-only has each rate once.',
     '',
 )
 """What a table has to say where rates have a part of the multiples."""
