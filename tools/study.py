@@ -24,8 +24,9 @@ from pathlib import Path
 
 import torch
 from jobs import Results
-from study_parts.plan import METHODS, Run, Study
+from study_parts.plan import METHODS, Study
 from study_parts.report import write_report
+from study_parts.runs import Run
 from study_parts.training import check_data, train
 
 from protune_mm import cli

@@ -183,10 +183,10 @@ tasks['flowers5-low-rate'] = dict(
 )
 # Half and twice of the multiples that these have in the study, one and a tenth, at the rate of the
 # head that is best there.
-for name, rate in (('fruit', 1e-3), ('camvid-instances', 2e-3)):
-    tasks[f'{name}-rates'] = {
-        key: value for key, value in _base_.tasks[name].items() if key != 'scenarios'
-    } | dict(
+instances = _base_.tasks['camvid-instances']
+for name, task, rate in (('fruit', fruit, 1e-3), ('camvid-instances', instances, 2e-3)):
+    tasks[f'{name}-rates'] = dict(
+        task,
         fractions=[1.0],
         seeds=_base_.seeds,
         lrs=[(rate, 0.5), rate, (rate, 2.0)],
@@ -272,4 +272,4 @@ tasks['flowers5-sgd'] = dict(
         'optim_wrapper.optimizer.weight_decay': 1e-4,
     },
 )
-del hidden, scale, alpha, rate, prompt, one_rate, name
+del hidden, scale, alpha, rate, prompt, one_rate, name, task, instances

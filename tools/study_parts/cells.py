@@ -33,23 +33,23 @@ def cells(study: Study, lines: list[dict]) -> dict[tuple, dict[str, dict]]:
             whole = [lr for lr, found in by_lr.items() if len(found) == seeds]
             # The first metric of a task chooses for all: the scores are of one model.
             equal = chosen.setdefault((task, fraction, method), best_rates(by_lr, whole))
-            lr = equal[0]
+            rate = equal[0]
             grid = sorted(study.rates_of(task, method))
             planned = len(grid) * len(study.seeds_of(task))
             count = sum(len(found) for found in by_lr.values())
             best[place][method] = dict(
-                lr=lr[0],
-                lr_part=lr[1],
-                runs=by_lr[lr],
+                lr=rate[0],
+                lr_part=rate[1],
+                runs=by_lr[rate],
                 times=step_times(itertools.chain.from_iterable(by_lr.values())),
-                score=mean(by_lr[lr], 'score'),
-                val=mean(by_lr[lr], 'val_score'),
-                spread=spread(by_lr[lr], 'score'),
-                val_spread=spread(by_lr[lr], 'val_score'),
+                score=mean(by_lr[rate], 'score'),
+                val=mean(by_lr[rate], 'val_score'),
+                spread=spread(by_lr[rate], 'score'),
+                val_spread=spread(by_lr[rate], 'val_score'),
                 diverged=sum(line['diverged'] for found in by_lr.values() for line in found),
                 count=count,
                 complete=count == planned,
-                edge=is_end(lr, grid),
+                edge=is_end(rate, grid),
                 tie=len(equal) > 1,
             )
         base = best[place][base_of(best[place])]

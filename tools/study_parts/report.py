@@ -8,8 +8,9 @@ from pathlib import Path
 
 from .cells import cells, hundredths, mean, share
 from .claim import by_scenario, together, verdict
-from .plan import Study, rate_text
+from .plan import Study
 from .plots import draw, draw_fractions
+from .runs import rate_text
 
 PARTS = (
     '0.06x0.5: the head trains at 0.06, what trains in the backbone at half (x2: twice) of the',

@@ -11,7 +11,8 @@ import protune_mm
 from protune_mm import cli
 from protune_mm.config import config_backbones
 
-from .plan import Run, Study
+from .plan import Study
+from .runs import Run
 
 
 def steps_of(task: dict, run: Run) -> int:

@@ -19,7 +19,7 @@ from protune_mm.robustness import (
     summary,
 )
 
-from .plan import Run
+from .runs import Run
 
 
 def scenario_metrics(task: dict) -> dict[str, str]:

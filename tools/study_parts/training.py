@@ -32,8 +32,9 @@ from protune_mm.lean.layout import NeedsContiguous, give_contiguous
 from protune_mm.lean.memory import kept_bytes
 from protune_mm.tuned import prompt_parameters
 
-from .plan import Run, Study
+from .plan import Study
 from .run_config import config_of, steps_of
+from .runs import Run
 from .scenarios import check_scenarios, scenario_metrics, scenario_scores, score
 
 
