@@ -14,7 +14,7 @@ methods = [
 lrs = [3e-4, 1e-3, 3e-3, 1e-2]
 seeds = [0, 1, 2]
 # For tasks where three left Pro-tuning and full fine-tuning nearer than the standard error of their
-# difference in any row, whichever was ahead. fruit and camvid-instances are to follow.
+# difference in any row, whichever was ahead. camvid-instances is to follow.
 more_seeds = [0, 1, 2, 3, 4]
 
 size = 80
@@ -121,7 +121,7 @@ tasks = {
         lrs=[1e-2, 3e-2, (6e-2, 0.5), 6e-2],
         options={'pro-tuning': dict(prompt=camvid_prompt)},
     ),
-    'fruit': dict(fruit, fractions=[1.0, 0.25]),
+    'fruit': dict(fruit, seeds=more_seeds, fractions=[1.0, 0.25]),
     'flowers5-vit': dict(
         flowers5,
         config='configs/small/vit-s_protune_flowers5.py',
