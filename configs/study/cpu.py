@@ -52,6 +52,7 @@ fruit = dict(
     config='configs/small/retinanet_protune_mobilenetv2_fruit.py',
     backbone='MobileNetV2',
     metrics=['coco/bbox_mAP'],
+    seeds=more_seeds,
     steps=400,
     lrs=[5e-4, 1e-3, 2e-3],
     channels_last=True,
@@ -121,7 +122,7 @@ tasks = {
         lrs=[1e-2, 3e-2, (6e-2, 0.5), 6e-2],
         options={'pro-tuning': dict(prompt=camvid_prompt)},
     ),
-    'fruit': dict(fruit, seeds=more_seeds, fractions=[1.0, 0.25]),
+    'fruit': dict(fruit, fractions=[1.0, 0.25]),
     'flowers5-vit': dict(
         flowers5,
         config='configs/small/vit-s_protune_flowers5.py',
@@ -151,7 +152,6 @@ tasks = {
     ),
     'bccd': dict(
         fruit,
-        seeds=more_seeds,
         config='configs/small/retinanet_protune_mobilenetv2_bccd.py',
         fractions=[1.0],
         lrs=[5e-4, 1e-3, 2e-3, 4e-3],
