@@ -98,6 +98,8 @@ variants['inside-fixed-scale1'] = dict(_base_.trained, prompt=fixed)
 variants['inside-fixed-hidden20'] = dict(_base_.trained, prompt=dict(fixed, hidden=20))
 fixes = ['inside-fixed', 'inside-fixed-scale1']
 fixes_camvid = ['inside-fixed', 'inside-fixed-hidden20']
+# A warm-up of what the prompts train, over half of the steps.
+variants['inside-fixed-warmup'] = dict(_base_.principal, prompt_warmup=0.5)
 # Rivals that start as code of their authors does, but for the last layer, which is zero in both.
 starts = ['adapter-authors', 'mona-authors']
 variants[starts[0]] = dict(prompt=dict(type='Adapter', authors_init=True))
@@ -110,7 +112,10 @@ first = [
     'blocks-hidden48', 'blocks-hidden48-fan-in', 'norm-gelu', 'norm-linear', 'norm-relu',
     'norm-kernel3', 'norm-kernel7', 'norm-dense', 'norm-scale', 'norm-random', 'norm-rate0.3',
 ]  # fmt: skip
-apart = {'stages-plain', *first, *scales[1:], vit[1], *drops, *fixes, *fixes_camvid, *starts}
+apart = {
+    'stages-plain', *first, *scales[1:], vit[1], *drops, *fixes, *fixes_camvid, *starts,
+    'inside-fixed-warmup',
+}  # fmt: skip
 methods = [*ends, *(name for name in variants if name not in apart), *first]
 
 flowers5 = _base_.tasks.flowers5
@@ -248,6 +253,28 @@ tasks['fruit-more-validation'] = dict(
         'test_dataloader.dataset.indices': list(range(0, 60, 20)),
     },
 )
+# Beside the same without it, which the study has.
+tasks['fruit-warmup'] = dict(
+    fruit, fractions=[0.25, 1.0], lrs=[1e-3, 2e-3], methods=['inside-fixed-warmup']
+)
+# Gradients that are cut at a tenth and a hundredth of the norm that the config has, 10.
+few = tasks['fruit-more-validation']
+for longest in (1.0, 0.1):
+    tasks[f'fruit-clip{longest:g}'] = dict(
+        few,
+        seeds=_base_.more_seeds,
+        lrs=[2e-3],
+        methods=['full', 'inside-fixed'],
+        cfg_options={**few['cfg_options'], 'optim_wrapper.clip_grad.max_norm': longest},
+    )
+# The study's own task with the first of these, and its test scores, which no table here has: when all
+# methods are there it is to take the place of `fruit`.
+tasks['fruit-clipped'] = dict(
+    _base_.tasks.fruit,
+    lrs=[1e-3, 2e-3, 4e-3],
+    methods=_base_.methods,
+    cfg_options={**fruit['cfg_options'], 'optim_wrapper.clip_grad.max_norm': 1.0},
+)
 # Beside the rivals of the study, at its rates.
 tasks['flowers5-starts'] = dict(
     flowers5,
@@ -272,4 +299,4 @@ tasks['flowers5-sgd'] = dict(
         'optim_wrapper.optimizer.weight_decay': 1e-4,
     },
 )
-del hidden, scale, alpha, rate, prompt, one_rate, name, task, instances
+del hidden, scale, alpha, rate, prompt, one_rate, name, task, instances, longest, few
