@@ -98,7 +98,7 @@ variants['inside-fixed-scale1'] = dict(_base_.trained, prompt=fixed)
 variants['inside-fixed-hidden20'] = dict(_base_.trained, prompt=dict(fixed, hidden=20))
 fixes = ['inside-fixed', 'inside-fixed-scale1']
 fixes_camvid = ['inside-fixed', 'inside-fixed-hidden20']
-# A warm-up of what the prompts train, over half of the steps.
+# A warm-up of the rate of the prompts, over half of the steps.
 variants['inside-fixed-warmup'] = dict(_base_.principal, prompt_warmup=0.5)
 # Rivals that start as code of their authors does, but for the last layer, which is zero in both.
 starts = ['adapter-authors', 'mona-authors']
@@ -253,11 +253,11 @@ tasks['fruit-more-validation'] = dict(
         'test_dataloader.dataset.indices': list(range(0, 60, 20)),
     },
 )
-# Beside the same without it, which the study has.
+# The study's `pro-tuning` on `fruit` is the same without it.
 tasks['fruit-warmup'] = dict(
     fruit, fractions=[0.25, 1.0], lrs=[1e-3, 2e-3], methods=['inside-fixed-warmup']
 )
-# Gradients that are cut at a tenth and a hundredth of the norm that the config has, 10.
+# Gradients clipped at a norm of 1 and 0.1; the config has 10.
 few = tasks['fruit-more-validation']
 for longest in (1.0, 0.1):
     tasks[f'fruit-clip{longest:g}'] = dict(
@@ -267,8 +267,8 @@ for longest in (1.0, 0.1):
         methods=['full', 'inside-fixed'],
         cfg_options={**few['cfg_options'], 'optim_wrapper.clip_grad.max_norm': longest},
     )
-# The study's own task with the first of these, and its test scores, which no table here has: when all
-# methods are there it is to take the place of `fruit`.
+# The study's own task with the first of these and rates a step higher. Its lines have test scores, which
+# no table shows here: when all methods have run it is to take the place of `fruit`.
 tasks['fruit-clipped'] = dict(
     _base_.tasks.fruit,
     lrs=[1e-3, 2e-3, 4e-3],
