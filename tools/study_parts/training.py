@@ -190,7 +190,7 @@ def to_channels_last(model: nn.Module) -> None:
             module.to(memory_format=torch.contiguous_format)
 
 
-def check_apart(cfg: Config, task: str) -> None:
+def check_apart(cfg: Config) -> None:
     """Refuse a task that trains on images it chooses or is tested by, or chooses by test images.
 
     Raises:
@@ -206,9 +206,9 @@ def check_apart(cfg: Config, task: str) -> None:
             for other, images in seen.items():
                 if found & images:
                     raise ValueError(
-                        f"task '{task}': {len(found & images)} of {len(found)} images of its "
-                        f'{split} split are in its {other} split: give them images of their own, '
-                        'by protune_mm.FewLabels and its rest=True, or by `indices`'
+                        f'{len(found & images)} of {len(found)} images of its {split} split are '
+                        f'in its {other} split: give them images of their own, by '
+                        'protune_mm.FewLabels and its rest=True, or by `indices`'
                     )
             seen[split] = found
 
@@ -222,7 +222,7 @@ def check_data(study: Study, runs: Iterable[Run]) -> None:
     first = {(run.task, run.fraction, run.seed): run for run in runs}
     for run in first.values():
         try:
-            check_apart(config_of(study, run, ''), run.task)
+            check_apart(config_of(study, run, ''))
         except ValueError as error:
             where = f"task '{run.task}', fraction {run.fraction:g}, seed {run.seed}"
             raise ValueError(f'{where}: {error}') from error
