@@ -619,6 +619,37 @@ def test_the_verdict(parts):
         assert parts['claim'].verdict(partly) == []
 
 
+def test_a_table_tells_how_far_one_method_is_ahead(parts, tmp_path):
+    class Told(Plan):
+        tasks = dict(t=dict(metrics=['coco/m']))
+        note, path, results_name, methods = '', 'study.py', 'x.jsonl', []
+
+    more = dict(peak_memory=1, backbone='B', steps=1, key='', device='CPU', versions={})
+    best = everywhere('full', 0.5, 1.0, by_seed=0.1, metric='coco/m')
+    ours = everywhere('pro-tuning', 0.4, 0.05, by_seed=0.2, metric='coco/m')
+    alone = [line('lora', 1, 1, 0.1, 0.1, 'coco/m'), line('mona', 1, 2, 0.1, 0.1, 'coco/m')]
+
+    def column(lines, final):
+        """The heads of the columns, and what each method has in the last of them."""
+        lines = [line | more for line in lines]
+        found = parts['cells'].cells(Told, lines)
+        pictures = dict.fromkeys(found, '')
+        text = parts['report'].report(Told, found, lines, pictures, [], tmp_path, final)
+        table = [row.split(' | ') for row in text[text.index('## t, ') :].split('\n| ')[1:]]
+        (at,) = [i for i, name in enumerate(table[0]) if name.endswith(' ahead')]
+        return table[0][at], {row[0]: row[at] for row in table[1:]}
+
+    # By test, of a hundred: behind by 10 with one seed, level with the other. Another method has
+    # one of the two seeds, and one has neither.
+    assert column(best + ours + alone, True) == (
+        'pro-tuning ahead',
+        {'full': '-5.00 ± 5.00', 'pro-tuning': '', 'lora': '+50.00', 'mona': ''},
+    )
+    # An ablation has validation scores alone, and where it has no Pro-tuning its first line counts.
+    assert column(best + ours, False)[1] == {'full': '-10.00 ± 0.00', 'pro-tuning': ''}
+    assert column(best + alone[:1], False) == ('full ahead', {'full': '', 'lora': '+40.00'})
+
+
 def test_the_means_over_places(parts):
     lines = everywhere('pro-tuning', 70, 0.05) + everywhere('pro-tuning', 40, 0.05, metric='n')
     # Ahead by 10 with both seeds by the first metric, by the other behind by 2 and 4.

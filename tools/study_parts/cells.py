@@ -132,9 +132,9 @@ def spread(runs: list[dict], key: str) -> float:
     return statistics.stdev(run[key] for run in runs) if len(runs) > 1 else 0.0
 
 
-def differences(one: dict, other: dict, unit: float = 1.0) -> dict[int, float]:
+def differences(one: dict, other: dict, unit: float = 1.0, key: str = 'score') -> dict[int, float]:
     """How far one method is ahead of another, by seed, where both have it."""
-    first, second = ({run['seed']: run['score'] for run in cell['runs']} for cell in (one, other))
+    first, second = ({run['seed']: run[key] for run in cell['runs']} for cell in (one, other))
     return {seed: unit * (first[seed] - second[seed]) for seed in first if seed in second}
 
 
@@ -149,6 +149,20 @@ def mean_and_error(places: list[dict[int, float]]) -> tuple[float, float]:
         return average, math.nan
     means = [statistics.mean(by_seed[seed] for by_seed in places) for seed in seeds]
     return average, statistics.stdev(means) / math.sqrt(len(means))
+
+
+def lead(one: dict, other: dict, unit: float = 1.0, key: str = 'score') -> str:
+    """How far one method is ahead of another and the standard error of that; '' of itself.
+
+    Over the seeds that both have, and '' where that is none. One seed has no error.
+    """
+    by_seed = differences(one, other, unit, key)
+    return told(*mean_and_error([by_seed])) if by_seed and one is not other else ''
+
+
+def told(ahead: float, error: float) -> str:
+    """A difference and its standard error, which one seed does not have."""
+    return f'{ahead:+.2f}' + ('' if math.isnan(error) else f' ± {error:.2f}')
 
 
 def share(cell: dict) -> float:

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
 
-from .cells import differences, hundredths, mean_and_error, share
+from .cells import differences, hundredths, lead, mean_and_error, share, told
 from .plan import Study
 from .scenarios import scenario_metrics
 
 LIMIT = 0.1
 """Part of the backbone's parameters that a parameter-efficient method may train."""
-
-
-def told(ahead: float, error: float) -> str:
-    """A difference and its standard error, which one seed does not have."""
-    return f'{ahead:+.2f}' + ('' if math.isnan(error) else f' ± {error:.2f}')
 
 
 def is_rival(name: str, cell: dict) -> bool:
@@ -189,8 +183,7 @@ def verdict(found: dict[tuple, dict[str, dict]], planned: Iterable[str] = ()) ->
             ahead = unit * (ours['score'] - other['score'])
             needed = margin * unit * max(ours['spread'], other['spread'])
             answer = 'yes' if ahead >= needed and ahead > -1e-9 else '**no**'
-            _, error = mean_and_error([differences(ours, other, unit)])
-            row.append(f'{told(ahead, error)} {answer}')
+            row.append(f'{lead(ours, other, unit)} {answer}')
         if full is not None:
             gains.append(unit * (ours['score'] - full['score']))
             val = unit * (ours['val'] - full['val'])

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from pathlib import Path
 
-from .cells import cells, hundredths, mean, share
+from .cells import cells, hundredths, lead, mean, share
 from .claim import by_scenario, together, verdict
 from .plan import Study
 from .plots import draw, draw_fractions
@@ -52,6 +52,7 @@ def report(
 ) -> str:
     """The document."""
     shown = 'Test scores' if final else 'Validation scores'
+    which = 'test scores' if final else 'validation'
     page = 'findings.md' if final else 'form.md'
     meaning = f' [{page}]({page}) says what the numbers mean.' if (out / page).exists() else ''
     more = '' if final else f' --results {study.results_name}'
@@ -62,12 +63,13 @@ def report(
         f'{shown}, mean and standard deviation over seeds, at the learning rate with the best',
         'mean validation score of the first metric; the same grid of rates, steps and seeds for',
         'every method; * where that rate is at an end of the grid, = where a higher one has the',
-        'same validation score. "trains": part of the backbone\'s parameters, prompts included.',
-        '"keeps": MiB that a step keeps for its backward pass (on a GPU: the peak). "time":',
-        'processor time (on a GPU: time) of a step over that of head-only, of full where there is',
-        'none, else of the first line, at equal rates and seeds. A diverged run has score 0.',
-        'Average precision is in points of 100. Corruption errors are plain means, not divided by',
-        "another network's.",
+        'same validation score. "ahead": points of the named method over that of the line, by',
+        f'{which}, the mean over the seeds of both and its standard error. "trains": part of the',
+        'backbone\'s parameters, prompts included. "keeps": MiB that a step keeps for its backward',
+        'pass (on a GPU: the peak). "time": processor time (on a GPU: time) of a step over that of',
+        'head-only, of full where there is none, else of the first line, at equal rates and seeds.',
+        'A diverged run has score 0. Average precision is in points of 100. Corruption errors are',
+        "plain means, not divided by another network's.",
         '',
         *([study.note, ''] if study.note else []),
         *(PARTS if any(line.get('lr_part', 1) != 1 for line in lines) else ()),
@@ -81,44 +83,51 @@ def report(
         text += verdict(found, study.methods)
         text += by_scenario(study, found)
         text += together(found)
-    for (task, fraction, metric), methods in found.items():
-        first = next(iter(methods.values()))['runs'][0]
-        plan = study.tasks[task]
-        every = plan.get('scenarios', {}).get('every', 1)
-        part = f', on 1 of {every} test images' if metric not in plan['metrics'] else ''
-        part = part if every > 1 else ''
-        of_test, of_val = hundredths(metric), hundredths(plan['metrics'][0])
-        text += [
-            f'## {task}, {fraction:.0%} of the labels, {metric}',
-            '',
-            f'{first["backbone"]}, {first["steps"]} steps{part}.',
-            '',
-            f'| method |{" test |" if final else ""} validation | lr | trains | keeps | time '
-            '| runs (diverged) |',
-            f'|---|{"---|" if final else ""}---|---|---|---|---|---|',
-        ]
-        key = 'score' if final else 'val'
-        best_first = sorted(methods, key=lambda m: -methods[m][key])
-        for method in best_first:
-            cell = methods[method]
-            score, spreads = of_test * cell['score'], of_test * cell['spread']
-            test = f' {score:.2f} ± {spreads:.2f} |' if final else ''
-            val = f' {of_val * cell["val"]:.2f}'
-            val += '' if final else f' ± {of_val * cell["val_spread"]:.2f}'
-            time = cell['time']
-            rate = rate_text(cell['lr'], cell['lr_part'])
-            text.append(
-                f'| {method} |{test}{val} '
-                f'| {rate}{"*" * cell["edge"]}{"=" * cell["tie"]} | {share(cell):.1%} '
-                f'| {mean(cell["runs"], "peak_memory") / 2**20:.1f} '
-                f'| {"" if math.isnan(time) else f"{time:.2f}"} '
-                f'| {cell["count"]} ({cell["diverged"]}){"" if cell["complete"] else ", not all"} |'
-            )
-        picture = pictures[task, fraction, metric]
-        text += ['', f'![{task}: score against parameters, memory and time]({picture})', '']
+    for place, methods in found.items():
+        text += table(study, place, methods, final)
+        picture = pictures[place]
+        text += ['', f'![{place[0]}: score against parameters, memory and time]({picture})', '']
     text += [f'![score against the fraction of labels]({name})\n' for name in by_labels]
     text += environments(lines)
     return '\n'.join(text)
+
+
+def table(study: Study, place: tuple, methods: dict[str, dict], final: bool) -> list[str]:
+    """The methods at one place, the best first, under a heading."""
+    task, fraction, metric = place
+    first = next(iter(methods.values()))['runs'][0]
+    plan = study.tasks[task]
+    every = plan.get('scenarios', {}).get('every', 1)
+    part = f', on 1 of {every} test images' if metric not in plan['metrics'] and every > 1 else ''
+    of_test, of_val = hundredths(metric), hundredths(plan['metrics'][0])
+    key, unit = ('score', of_test) if final else ('val_score', of_val)
+    best_first = sorted(methods, key=lambda m: -methods[m]['score' if final else 'val'])
+    base = 'pro-tuning' if 'pro-tuning' in methods else best_first[0]
+    text = [
+        f'## {task}, {fraction:.0%} of the labels, {metric}',
+        '',
+        f'{first["backbone"]}, {first["steps"]} steps{part}.',
+        '',
+        f'| method |{" test |" if final else ""} validation | {base} ahead | lr | trains '
+        '| keeps | time | runs (diverged) |',
+        f'|---|{"---|" if final else ""}---|---|---|---|---|---|---|',
+    ]
+    for method in best_first:
+        cell = methods[method]
+        score, spreads = of_test * cell['score'], of_test * cell['spread']
+        test = f' {score:.2f} ± {spreads:.2f} |' if final else ''
+        val = f' {of_val * cell["val"]:.2f}'
+        val += '' if final else f' ± {of_val * cell["val_spread"]:.2f}'
+        time = cell['time']
+        rate = rate_text(cell['lr'], cell['lr_part'])
+        text.append(
+            f'| {method} |{test}{val} | {lead(methods[base], cell, unit, key)} '
+            f'| {rate}{"*" * cell["edge"]}{"=" * cell["tie"]} | {share(cell):.1%} '
+            f'| {mean(cell["runs"], "peak_memory") / 2**20:.1f} '
+            f'| {"" if math.isnan(time) else f"{time:.2f}"} '
+            f'| {cell["count"]} ({cell["diverged"]}){"" if cell["complete"] else ", not all"} |'
+        )
+    return text
 
 
 def environments(lines: list[dict]) -> list[str]:
