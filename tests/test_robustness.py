@@ -58,6 +58,21 @@ def test_a_kept_image_is_as_if_made_again():
         made[:] = 0  # What later transforms do to it is not kept.
 
 
+def test_kept_images_take_no_more_than_their_room(monkeypatch):
+    from protune_mm.robustness import corruptions as module
+
+    held, (image, fresh) = {}, corrupt('fog', 3, 'kept1.png')
+    monkeypatch.setattr(module, '_corrupted_images', held)
+    monkeypatch.setattr(module, 'CACHE_BYTES', image.nbytes)
+    step = TRANSFORMS.build(
+        dict(type='protune_mm.Corrupt', corruption='fog', severity=3, cache=True)
+    )
+    for name in ('kept0.png', 'kept1.png', 'kept1.png'):
+        made = step(dict(img=image.copy(), img_path=name))['img']
+    assert [path for path, *_ in held] == ['kept0.png']
+    assert np.array_equal(made, fresh)
+
+
 def test_severity_grows():
     errors = []
     for severity in range(1, 6):
@@ -222,6 +237,28 @@ def test_bad_attacks(classifier, arguments, message):
         robust_accuracy(classifier, [], *arguments)
 
 
+def test_attacks_are_for_one_score_a_class_and_one_class_an_image(classifier):
+    batch = next(batches(classifier))
+    batch['data_samples'][2].set_gt_label([1, 3])
+    with pytest.raises(ValueError, match=r'images of one class; one of these has .* \[1, 3\]$'):
+        robust_accuracy(classifier, [batch], 'fgsm', [0])
+    head = torch.nn.Module()
+    head.num_classes, head.forward = 5, lambda features: [features[-1]] * 2  # As Conformer's.
+    classifier.head = head
+    with pytest.raises(ValueError, match='one score for each class; Module returns others'):
+        robust_accuracy(classifier, [next(batches(Fixed(classifier)))], 'fgsm', [0])
+
+
+class Fixed:
+    """What `batches` asks of a classifier, with scores of its own."""
+
+    def __init__(self, model):
+        self.data_preprocessor = model.data_preprocessor
+
+    def __call__(self, inputs, mode):
+        return torch.eye(5)[torch.arange(len(inputs)) % 5]
+
+
 def test_autoattack_is_the_standard_one(classifier):
     for answers, targets in ((range(5), 4), (range(1000), 9)):
         parts = attacks._attacker('autoattack', PixelModel(classifier, answers), 0.01).attacks
@@ -294,6 +331,17 @@ def test_a_class_map(folder, tmp_path):
         ):
             with pytest.raises(ValueError, match=message):
                 ClassMap(folder, target, classes)
+        # As ImageNet's names have 'crane', the bird and the machine.
+        for own, target, side in (
+            (folder, ['x', 'b', 'b'], 'target'),
+            (dict(folder, metainfo=dict(classes=['b', 'b'])), ['x', 'b'], 'the data set'),
+        ):
+            with pytest.raises(ValueError, match=f"{side} has 2 classes named 'b': give"):
+                ClassMap(own, target)
+        # A pipeline may be within wrappers.
+        twice = dict(type='mmengine.ConcatDataset', datasets=[folder, folder])
+        within = ClassMap(twice, ['x', 'b'])
+        assert within[len(within) - 1]['data_samples'].gt_label.item() == 1
         lazy = ClassMap(dict(folder, lazy_init=True), ['x', 'a'], lazy_init=True)
         assert len(lazy) == 3
         same = ClassMap(folder, ['z', 'b', 'y'])
@@ -367,7 +415,7 @@ FEW = ('--corruptions', 'fog', 'contrast', '--severities', '1', '5')
 
 def test_the_tool_on_a_classifier(trained_cls, tmp_path):
     config, checkpoint = trained_cls
-    out = tmp_path / 'robust.json'
+    out = tmp_path / 'new' / 'robust.json'
     attack = ('--attacks', 'fgsm', '--budgets', 0, 2)
     common = (config, checkpoint, '--metric', 'accuracy/top1', '--work-dir', tmp_path, '--out', out)
     run_tool('tools/test_robustness.py', *common, *FEW, *attack)
@@ -388,7 +436,7 @@ def test_the_tool_on_a_classifier(trained_cls, tmp_path):
     (tmp_path / 'larger.json').write_text(json.dumps(held))
     larger = (*common[:-2], *FEW, '--baseline', tmp_path / 'larger.json')
     refused = run_tool('tools/test_robustness.py', *larger, check=False)
-    assert 'larger.json has another test images: ' in refused.stderr
+    assert 'larger.json has another number of test images: ' in refused.stderr
     assert 'clean:' not in refused.stdout
     more = ('--corruptions', 'snow', '--severities', '1', '--baseline', out)
     lacking = run_tool('tools/test_robustness.py', *common[:-2], *more, check=False)
@@ -401,10 +449,22 @@ def test_the_tool_on_a_classifier(trained_cls, tmp_path):
     second = json.loads((tmp_path / 'later.json').read_text())['scores']
     assert {k: v for k, v in found.items() if 'fgsm' in k or k == 'clean'} == second
     assert second['fgsm, budgets 0 2'] == {k: second[k] for k in ('fgsm, 0/255', 'fgsm, 2/255')}
+    # How images are loaded decides no score.
+    workers = ('--cfg-options', 'test_dataloader.num_workers=1')
+    again = run_tool(
+        'tools/test_robustness.py', *common, *FEW, *attack, '--baseline', out, *workers
+    )
+    assert 'fog 1:' not in again.stdout
     for more in (('--policy', 'head-only'), ('--cfg-options', 'test_dataloader.batch_size=1')):
         other = run_tool('tools/test_robustness.py', *common, *more, check=False)
         assert 'robust.json has the scores of another config: config with digest' in other.stderr
     assert json.loads(out.read_text())['scores'] == found, 'nothing is lost'
+    held['about']['test images'] -= 2
+    (tmp_path / 'grown.json').write_text(json.dumps(held))
+    grown = run_tool(
+        'tools/test_robustness.py', *common[:-1], tmp_path / 'grown.json', *FEW, check=False
+    )
+    assert 'the scores of another number of test images: test images 5, here 6;' in grown.stderr
     wrong = run_tool(
         'tools/test_robustness.py', *common[:3], 'accuracy', *common[4:6], *FEW, check=False
     )

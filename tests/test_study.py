@@ -196,6 +196,14 @@ def test_scenarios(study):
             'scenarios.every=2 is for a plain test data set, not for protune_mm.FewLabels around',
         ),
         (
+            {
+                'steps=3': 'steps=3, scenarios=dict(every=2, severities=[1]), '
+                "cfg_options={'test_dataloader.dataset.indices': -6}"
+            },
+            (),
+            'scenarios.every=2 cannot count from the end: give the test data set a list in place',
+        ),
+        (
             {'options = dict(ResNet': 'variants = dict(lora'},
             (),
             "variant 'lora' has the name of a method",
@@ -303,16 +311,74 @@ def parts(monkeypatch):
 
 
 def test_a_detector_that_finds_nothing_has_score_0(parts):
+    from mmdet.evaluation import CocoMetric, VOCMetric
+
     run = parts['plan'].Run('t', 'full', 1.0, 1e-3, 0)
-    score = parts['scenarios'].score
-    assert score({}, 'coco/bbox_mAP', run) == 0
-    assert score({'100 - mCE, severity 3': 1.0}, 'coco/bbox_mAP', run) == 0
-    assert score({'coco/bbox_mAP': 0.5}, 'coco/bbox_mAP', run) == 0.5
+    coco = CocoMetric(metric='bbox')
+
+    def score(found, metric, *metrics):
+        return parts['scenarios'].score(found, metric, run, metrics or [coco])
+
+    assert score({}, 'coco/bbox_mAP') == 0
+    assert score({'100 - mCE, severity 3': 1.0}, 'coco/bbox_mAP') == 0
+    assert score({'coco/bbox_mAP': 0.5}, 'coco/bbox_mAP') == 0.5
+    assert score({}, 'coco/AR@100', CocoMetric(metric='proposal')) == 0
     for found in ({'coco/bbox_mAP': 0.5}, {'coco/segm_mAP': float('nan')}):
         with pytest.raises(ValueError, match='no score coco/segm_mAP'):
-            score(found, 'coco/segm_mAP', run)
+            score(found, 'coco/segm_mAP')
     with pytest.raises(ValueError, match='no score mIoU'):
-        score({}, 'mIoU', run)
+        score({}, 'mIoU')
+    # Another reason that it is not there.
+    for found, metric in (
+        ({}, CocoMetric(metric='segm')),
+        ({'val/bbox_mAP': 0.5}, CocoMetric(metric='bbox', prefix='val')),
+        ({'pascal_voc/mAP': 0.5}, VOCMetric()),
+        ({}, CocoMetric(metric='bbox', format_only=True, outfile_prefix='x')),
+    ):
+        with pytest.raises(ValueError, match='no score coco/bbox_mAP'):
+            score(found, 'coco/bbox_mAP', metric)
+
+
+def test_images_that_are_left_out_do_not_count_as_missed(parts):
+    config_of, check = parts['run_config'].config_of, parts['training'].check_evaluators
+    tasks = dict(
+        config='configs/small/retinanet_protune_mobilenetv2_fruit.py', backbone='B', steps=2,
+        metrics=['coco/bbox_mAP'], fractions=[1.0],
+    )  # fmt: skip
+    where = 'test_dataloader.dataset'
+    keys = f'{where}.pipeline.3.meta_keys'
+
+    def config(**options):
+        whole = dict(tasks, cfg_options=options)
+        plan = Mock(tasks=dict(t=whole), backbone_options=lambda *_: {})
+        return config_of(plan, parts['plan'].Run('t', 'full', 1.0, 1e-3, 0), '')
+
+    cfg = config()
+    assert cfg.test_evaluator.ann_file.endswith('test.json')
+    check(cfg, 1)
+    cfg = config(**{f'{where}.indices': [0, 3]})
+    assert cfg.test_evaluator.ann_file is None
+    check(cfg, 1)
+    # The boxes are then those that come with the images.
+    for every, options in ((1, {f'{where}.indices': [0, 3]}), (2, {})):
+        with pytest.raises(ValueError, match=r"test split .* 'instances' to the meta_keys"):
+            check(config(**options, **{keys: ('img_id',)}), every)
+    check(config(**{keys: ('img_id',)}), 1)
+
+
+def test_a_part_of_the_labels_is_inside_what_repeats_images(study, parts):
+    file = study(classifier='repeated', **{'steps=3': 'steps=3, long_tail=2', '[1.0]': '[0.7]'})
+    (file.parent / 'repeated.py').write_text(
+        "_base_ = ['./classifier.py']\n"
+        'train_dataloader = dict(\n'
+        "    dataset=dict(_delete_=True, type='RepeatDataset', times=2,\n"
+        '                 dataset=_base_.train_dataloader.dataset))\n'
+    )
+    plan = parts['plan'].Study(str(file))
+    train = parts['run_config'].config_of(plan, plan.runs()[0], '').train_dataloader.dataset
+    kinds = [train.type, train.dataset.type, train.dataset.dataset.type]
+    assert kinds == ['RepeatDataset', 'protune_mm.FewLabels', 'protune_mm.LongTailed']
+    parts['training'].check_data(plan, plan.runs()[:1])
 
 
 def test_results_of_other_settings_are_none_of_a_study(study, parts):

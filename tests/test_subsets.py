@@ -3,9 +3,12 @@
 import cv2
 import numpy as np
 import pytest
+from mmengine.dataset import BaseDataset, ClassBalancedDataset, ConcatDataset, RepeatDataset
 from mmengine.registry import DATASETS, DefaultScope
 
 from protune_mm.datasets import FewLabels, LongTailed
+from protune_mm.datasets.subsets import mask_labels
+from protune_mm.robustness import ShotAccuracy
 
 
 class Labelled:
@@ -97,10 +100,106 @@ def test_segmentation_draws_images_that_have_every_class(masks):
     assert len(FewLabels(data, 0.5, seeds[True][0])) == 10
 
 
-def test_another_image_is_drawn_from_the_part():
-    data = boxes(*[(0, 1)] * 30)
-    few = FewLabels(data, 0.1)
-    assert {data._rand_another() for _ in range(50)} == set(shown(few))
+@DATASETS.register_module()
+class Numbers(BaseDataset):
+    """Forty images of two classes, of which a step of the pipeline may lose every second."""
+
+    METAINFO = {'classes': ('a', 'b')}
+
+    def __init__(self, start=0, lost=False, **more):
+        self.start = start
+        step = (lambda info: None if info['number'] % 2 else info) if lost else dict
+        super().__init__(pipeline=[step], **more)
+
+    def load_data_list(self):
+        return [dict(number=self.start + i, gt_label=i // 2 % 2) for i in range(40)]
+
+    def get_cat_ids(self, index):
+        return [self.get_data_info(index)['gt_label']]
+
+
+def numbers(data, times=1):
+    return {data[i]['number'] for _ in range(times) for i in range(len(data))}
+
+
+def in_part(part):
+    return {part.get_data_info(i)['number'] for i in range(len(part))}
+
+
+@pytest.mark.parametrize(
+    'part',
+    [
+        FewLabels(Numbers(lost=True), 0.2),
+        FewLabels(ConcatDataset([Numbers(lost=True), Numbers(40, lost=True)]), 0.2),
+        FewLabels(LongTailed(Numbers(lost=True), 2), 0.5),
+    ],
+)
+def test_an_image_that_is_lost_gives_way_to_one_of_the_part(part):
+    even = {number for number in in_part(part) if not number % 2}
+    assert even < in_part(part)
+    assert numbers(part, times=20) == even
+
+
+def test_parts_of_one_data_set_keep_to_themselves():
+    data = Numbers(lost=True)
+    few, rest = FewLabels(data, 0.2), FewLabels(data, 0.2, rest=True)
+    for part in (few, rest, few):
+        assert numbers(part, times=20) <= in_part(part)
+    assert len(numbers(data, times=5)) == 20, 'and the data set draws from all of its own'
+
+
+def mixed(dataset):
+    from mmdet.datasets import MultiImageMixDataset
+
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        return MultiImageMixDataset(dataset, pipeline=[])
+
+
+REPEATED = dict(type='RepeatDataset', times=3, dataset=dict(type='Numbers'))
+
+
+@pytest.mark.parametrize(
+    ('wrapped', 'name'),
+    [
+        (RepeatDataset(Numbers(), 3), 'RepeatDataset'),
+        (ClassBalancedDataset(Numbers(), 0.1), 'ClassBalancedDataset'),
+        (mixed(Numbers()), 'MultiImageMixDataset'),
+        (ConcatDataset([REPEATED, Numbers()]), 'RepeatDataset'),
+    ],
+)
+def test_a_part_belongs_inside_what_repeats_or_mixes_images(wrapped, name):
+    for make in (lambda: FewLabels(wrapped, 0.2), lambda: LongTailed(wrapped, 2)):
+        with pytest.raises(ValueError, match=f'around {name} would not keep to its part .* inside'):
+            make()
+
+
+def test_what_repeats_or_mixes_images_takes_a_part():
+    few = dict(type='protune_mm.FewLabels', fraction=0.2, dataset=dict(type='Numbers'))
+    own = in_part(DATASETS.build(few))
+    assert len(own) == 8
+    for whole, times in (
+        (RepeatDataset(few, 3), 3),
+        (ClassBalancedDataset(few, 0.9), 2),
+        (mixed(few), 1),
+    ):
+        assert numbers(whole) == own
+        assert len(whole) == 8 * times
+    # Each image counts once, however often it is shown.
+    metric = ShotAccuracy(dict(type='RepeatDataset', times=3, dataset=few))
+    assert sum(metric.counts.values()) == 8
+
+
+def test_classes_of_a_mask_are_those_that_the_library_loads(tmp_path):
+    from mmseg.datasets.transforms import LoadAnnotations
+
+    mask = np.array([[0, 1, 2, 3, 255]], np.uint8)
+    cv2.imwrite(str(tmp_path / 'mask.png'), mask)
+    for reduced in (False, True):
+        for label_map in (None, {0: 1, 1: 0, 2: 255}):
+            info = dict(seg_map_path=str(tmp_path / 'mask.png'), label_map=label_map)
+            info |= dict(reduce_zero_label=reduced, seg_fields=[])
+            loaded = LoadAnnotations()(dict(info))['gt_seg_map']
+            assert mask_labels(info) == set(loaded.ravel().tolist())
 
 
 def test_the_rest_is_what_was_not_chosen():

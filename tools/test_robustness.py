@@ -33,6 +33,7 @@ from protune_mm.robustness import (
     corrupted,
     found_nothing,
     per_cent,
+    robust_accuracy,
     summary,
 )
 
@@ -61,15 +62,16 @@ def main() -> None:
         parser.error('scores are written by one process: test without --launcher')
     if args.baseline and args.no_corruptions:
         parser.error('--baseline divides errors under corruption: leave --no-corruptions out')
-    scores = Scores(args, cfg)
+    about = about_test(args, cfg)
     cfg.load_from = args.checkpoint
     runner = cli.build_runner(cfg)
     # What cannot be done is told before the first test.
     loader = runner.build_dataloader(cfg.test_dataloader)
-    scores.about['test images'] = len(loader.dataset)
+    scores = Scores(args.out, {**about, 'test images': len(loader.dataset)})
     baseline = read_baseline(args.baseline, scores.about) if args.baseline else None
+    answers = loader.dataset.metainfo.get('subset')
     for attack in args.attacks:
-        check_attack(runner.model, attack, args.budgets, loader.dataset.metainfo.get('subset'))
+        check_attack(runner.model, attack, args.budgets, answers)
     if not args.no_corruptions:
         corrupted(cfg.test_dataloader, args.corruptions[0], 0)
         Corrupt(args.corruptions[0], 1)
@@ -81,7 +83,7 @@ def main() -> None:
             runner, runner.build_dataloader(dataloader), runner.build_evaluator(cfg.test_evaluator)
         )
         metrics = runner.test()
-        if found_nothing(args.metric, metrics):
+        if found_nothing(args.metric, metrics, runner.test_loop.evaluator.metrics):
             return 0.0
         if args.metric not in metrics:
             parser.error(f'--metric {args.metric}: there are {", ".join(map(str, metrics))}')
@@ -91,7 +93,16 @@ def main() -> None:
         runner._test_loop = AttackLoop(runner, loader, attack, [b / 255 for b in args.budgets])
         return runner.test()
 
-    clean = scores.once('clean', lambda: test(loader))
+    def tested_clean() -> float:
+        score = test(loader)
+        # What only outputs and labels show is told before the tests that take long.
+        if args.attacks:
+            robust_accuracy(runner.model, [next(iter(loader))], args.attacks[0], [0], answers)
+        return score
+
+    clean = scores.once('clean', tested_clean)
+    if not args.no_corruptions:
+        summary(clean, {('no corruption', 0): clean}, per_cent(args.metric))
     found = {}
     for name in () if args.no_corruptions else args.corruptions:
         for severity in args.severities:
@@ -131,40 +142,69 @@ def read_baseline(path: str, about: dict) -> dict[tuple[str, int], float]:
     for key in ('metric', 'test images'):
         theirs = held['about'].get(key, about[key])  # Older files do not tell the images.
         if theirs != about[key]:
-            raise ValueError(f'{path} has another {key}: {theirs}, here {about[key]}')
+            raise ValueError(
+                f'{path} has another {SHORT.get(key, key)}: {theirs}, here {about[key]}'
+            )
     split = {tuple(name.rsplit(' ', 1)): score for name, score in held['scores'].items()}
     return {(key[0], int(key[1])): score for key, score in split.items() if key[0] in CORRUPTIONS}
+
+
+SHORT = {
+    'checkpoint written at': 'checkpoint',
+    'config with digest': 'config',
+    'test images': 'number of test images',
+}
+"""What a message calls some of what decides the scores."""
+LOADING = ('num_workers', 'persistent_workers', 'pin_memory', 'prefetch_factor', 'timeout')
+"""Parts of a data loader that decide how images are loaded, and no score."""
+
+
+def about_test(args: argparse.Namespace, cfg: Config) -> dict:
+    """What decides the scores.
+
+    Args:
+        args: of the tool.
+        cfg: the config with all options.
+    """
+    whole = cfg.to_dict()  # Functions and classes by their names, which are the same tomorrow.
+    parts = ('model', 'data_preprocessor', 'test_dataloader', 'test_evaluator', 'custom_hooks')
+    tested = {part: whole.get(part) for part in parts}
+    loader = whole['test_dataloader']
+    tested['test_dataloader'] = {k: v for k, v in loader.items() if k not in LOADING}
+    text = json.dumps(tested, sort_keys=True, default=str)
+    return {
+        'checkpoint': str(Path(args.checkpoint).resolve()),
+        'checkpoint written at': Path(args.checkpoint).stat().st_mtime,
+        'metric': args.metric,
+        # Of model, test set and evaluator: config, options and --policy.
+        'config with digest': hashlib.sha1(text.encode()).hexdigest()[:12],
+    }
 
 
 class Scores:
     """Scores so far, written as soon as they are there.
 
     Args:
-        args: of the tool.
-        cfg: the config with all options, for what decides the scores.
+        file: where they are and go. Default: nowhere.
+        about: what decides them.
 
     Raises:
         ValueError: the file has scores of another model, checkpoint, test set or metric.
     """
 
-    def __init__(self, args: argparse.Namespace, cfg: Config) -> None:
-        self.file = Path(args.out) if args.out else None
-        parts = ('model', 'data_preprocessor', 'test_dataloader', 'test_evaluator', 'custom_hooks')
-        tested = json.dumps({part: cfg.get(part) for part in parts}, sort_keys=True, default=str)
-        self.about = {
-            'checkpoint': str(Path(args.checkpoint).resolve()),
-            'checkpoint written at': Path(args.checkpoint).stat().st_mtime,
-            'metric': args.metric,
-            # Of model, test set and evaluator: config, options and --policy.
-            'config with digest': hashlib.sha1(tested.encode()).hexdigest()[:12],
-        }
+    def __init__(self, file: str | None, about: dict) -> None:
+        self.file = Path(file) if file else None
+        self.about = about
         self.known: dict = {}
-        if self.file and self.file.exists():
+        if not self.file:
+            return
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        if self.file.exists():
             before = json.loads(self.file.read_text())
             for key, value in self.about.items():
                 if before['about'].get(key) != value:
                     raise ValueError(
-                        f'{self.file} has the scores of another {key.split(" w")[0]}: {key} '
+                        f'{self.file} has the scores of another {SHORT.get(key, key)}: {key} '
                         f'{before["about"].get(key)}, here {value}; name another file'
                     )
             self.known = before['scores']

@@ -1,5 +1,5 @@
 """Dataset wrappers of the study: few labels and class imbalance."""
 
-from .subsets import FewLabels, LongTailed, Subset
+from .subsets import MIXERS, FewLabels, LongTailed, Subset
 
-__all__ = ['FewLabels', 'LongTailed', 'Subset']
+__all__ = ['MIXERS', 'FewLabels', 'LongTailed', 'Subset']

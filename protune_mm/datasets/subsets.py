@@ -7,10 +7,13 @@ from typing import Any
 
 import mmcv
 import numpy as np
-from mmengine.dataset import BaseDataset
+from mmengine.dataset import BaseDataset, ConcatDataset
 from mmengine.registry import DATASETS as ROOT
 
 from ..registry import DATASETS
+
+MIXERS = ('MultiImageMixDataset', 'RepeatDataset', 'ClassBalancedDataset')
+"""Wrappers that show an image more than once, or mix others of their data set into it."""
 
 
 class Subset:
@@ -20,10 +23,14 @@ class Subset:
         dataset: config of the data set, or the data set itself.
         seed: which images are chosen. Default 0.
         lazy_init: wait until the first use. Default False.
+
+    Raises:
+        ValueError: the data set is a wrapper that repeats or mixes images: it belongs outside.
     """
 
     def __init__(self, dataset: dict | BaseDataset, seed: int = 0, lazy_init: bool = False) -> None:
         self.dataset = ROOT.build(dataset) if isinstance(dataset, dict) else dataset
+        self._check_wrappers(self.dataset)
         self.seed = seed
         self.indices: list[int] = []
         self._fully_initialized = False
@@ -40,12 +47,27 @@ class Subset:
         if self._fully_initialized:
             return
         self.dataset.full_init()
-        # An image whose boxes are all lost has mmengine draw another, which is to be one of these.
-        self.dataset._rand_another = self._rand_another
         labels = [image_labels(self.dataset.get_data_info(i)) for i in range(len(self.dataset))]
         self.indices = self.choose(labels)
         self._check_masks()
+        self._shown: dict[int, list[int]] = {}
+        for index in self.indices:
+            innermost, own = located(self.dataset, index)
+            self._shown.setdefault(id(innermost), []).append(own)
         self._fully_initialized = True
+
+    def _check_wrappers(self, dataset: object) -> None:
+        """Refuse wrappers inside this one that show or mix in what is not chosen."""
+        for kind in type(dataset).__mro__:
+            if kind.__name__ in MIXERS:
+                raise ValueError(
+                    f'{type(self).__name__} around {kind.__name__} would not keep to its part of '
+                    f'the images: put it inside, around the data set of {kind.__name__}'
+                )
+        inner = getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]
+        for each in inner:
+            if hasattr(each, 'full_init'):
+                self._check_wrappers(each)
 
     def _check_masks(self) -> None:
         """Refuse a part of a segmentation set in which a class has no pixel."""
@@ -89,10 +111,23 @@ class Subset:
     def __getitem__(self, index: int) -> Any:
         """One image after the pipeline."""
         self.full_init()
-        return self.dataset[self.indices[index]]
+        # For an image whose boxes are all lost its data set draws another, which is to be one of
+        # these. Told each time, as two parts may share a data set; of a part of a part the outer
+        # one tells.
+        innermost, _ = located(self.dataset, self.indices[index])
+        if '_rand_another' in vars(innermost):
+            return self.dataset[self.indices[index]]
+        shown = self._shown[id(innermost)]
+        innermost._rand_another = lambda: shown[np.random.randint(len(shown))]
+        try:
+            return self.dataset[self.indices[index]]
+        finally:
+            del innermost._rand_another
 
-    def _rand_another(self) -> int:
-        return self.indices[np.random.randint(len(self.indices))]
+    def get_cat_ids(self, index: int) -> list[int]:
+        """Classes in one of the images that are shown, for a ClassBalancedDataset around."""
+        self.full_init()
+        return self.dataset.get_cat_ids(self.indices[index])
 
     def __len__(self) -> int:
         """Number of images that are shown."""
@@ -208,12 +243,33 @@ class LongTailed(Subset):
         return np.bincount(labels).tolist()
 
 
+def located(dataset: object, index: int) -> tuple[object, int]:
+    """The data set that reads an image, within its wrappers, and the image's index there."""
+    if isinstance(dataset, Subset):
+        return located(dataset.dataset, dataset.indices[index])
+    if isinstance(dataset, ConcatDataset):
+        which, index = dataset._get_ori_dataset_idx(index)
+        return located(dataset.datasets[which], index)
+    if hasattr(dataset, '_get_ori_dataset_idx'):  # KFoldDataset of MMPretrain.
+        return located(dataset.dataset, dataset._get_ori_dataset_idx(index))
+    return dataset, index
+
+
+def without_mixers(dataset: object) -> object:
+    """The data set that has each image once, within wrappers that repeat or mix them."""
+    while type(dataset).__name__ in MIXERS:
+        dataset = dataset.dataset
+    return dataset
+
+
 def mask_labels(info: dict) -> set[int]:
-    """Classes with a pixel in the mask of one image."""
+    """Classes with a pixel in the mask of one image, in MMSegmentation's order of its steps."""
     mapping = info.get('label_map') or {}
     found = np.unique(mmcv.imread(info['seg_map_path'], flag='unchanged', backend='pillow'))
-    reduced = info.get('reduce_zero_label', False)
-    return {mapping.get(int(label), int(label)) - reduced for label in found}
+    labels = {int(label) for label in found}
+    if info.get('reduce_zero_label', False):
+        labels = {255 if label in (0, 255) else label - 1 for label in labels}
+    return {mapping.get(label, label) for label in labels}
 
 
 def image_labels(info: dict) -> set[int]:

@@ -28,7 +28,7 @@ class PixelModel(nn.Module):
             all.
 
     Raises:
-        ValueError: the model is no classifier.
+        ValueError: the model is no classifier, or returns other than a score for each class.
 
     Shape: ``(B, 3, H, W) -> (B, answers)``, in the order of channels of the data loader.
     """
@@ -45,7 +45,13 @@ class PixelModel(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """Return the logits."""
         inputs = self.model.data_preprocessor(dict(inputs=255 * pixels))['inputs']
-        return self.model(inputs, mode='tensor')[:, self.answers]
+        scores = self.model(inputs, mode='tensor')
+        if not isinstance(scores, Tensor) or scores.dim() != 2:
+            raise ValueError(
+                'attacks are for classifiers with one score for each class; '
+                f'{type(self.model.head).__name__} returns others'
+            )
+        return scores[:, self.answers]
 
 
 def robust_accuracy(
@@ -75,7 +81,8 @@ def robust_accuracy(
         dict[float, float]: budget to accuracy, in per cent.
 
     Raises:
-        ValueError: an unknown attack, budgets that do not grow, or too few classes.
+        ValueError: an unknown attack, budgets that do not grow, too few classes, images of several
+            classes, or a model with other outputs than a score for each class.
         ModuleNotFoundError: the library is not installed.
     """
     check_attack(model, attack, budgets, answers)
@@ -86,8 +93,13 @@ def robust_accuracy(
     right, total = dict.fromkeys(budgets, 0), 0
     for batch in batches:
         pixels = _stacked(batch['inputs']).to(device).float() / 255
-        labels = [position[int(s.gt_label)] for s in batch['data_samples']]
-        labels = torch.tensor(labels, device=device)
+        labels = [s.gt_label.flatten().tolist() for s in batch['data_samples']]
+        for found in labels:
+            if len(found) != 1:
+                raise ValueError(
+                    f'attacks are for images of one class; one of these has the classes {found}'
+                )
+        labels = torch.tensor([position[label] for (label,) in labels], device=device)
         total += len(labels)
         with torch.no_grad():
             standing = pixel_model(pixels).argmax(1) == labels

@@ -10,7 +10,7 @@ from mmengine.dataset import BaseDataset
 from mmengine.evaluator import BaseMetric
 from mmengine.registry import DATASETS as ROOT
 
-from ..datasets.subsets import Subset, image_labels
+from ..datasets.subsets import Subset, image_labels, located
 from ..registry import DATASETS, METRICS
 
 
@@ -30,7 +30,8 @@ class ClassMap(Subset):
         lazy_init: wait until the first use. Default False.
 
     Raises:
-        ValueError: the map names a class that one of the two sets does not have, or none.
+        ValueError: the map names a class that one of the two sets does not have, or has twice, or
+            it names none.
     """
 
     def __init__(
@@ -79,6 +80,11 @@ class ClassMap(Subset):
                         f"the class map names '{name}', which {side} does not have: it has "
                         f'{", ".join(map(str, known[:10]))}{", ..." if len(known) > 10 else ""}'
                     )
+                if list(known).count(name) > 1:
+                    raise ValueError(
+                        f"{side} has {list(known).count(name)} classes named '{name}': give the "
+                        'classes names of their own, such as those of their folders'
+                    )
         self.new = {own.index(a): list(target).index(b) for a, b in classes.items()}
         self.target = list(target)
         super().__init__(dataset, lazy_init=lazy_init)
@@ -104,9 +110,8 @@ class ClassMap(Subset):
     def __getitem__(self, index: int) -> object:
         """One image after the pipeline, with the label of the model."""
         self.full_init()
-        info = {**self.dataset.get_data_info(self.indices[index])}
-        info['gt_label'] = self.new[next(iter(image_labels(info)))]
-        return self.dataset.pipeline(info)
+        innermost, _ = located(self.dataset, self.indices[index])
+        return innermost.pipeline(self.get_data_info(index))
 
 
 @METRICS.register_module()

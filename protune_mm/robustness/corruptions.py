@@ -7,12 +7,13 @@ import functools
 import hashlib
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from statistics import mean
 
 import numpy as np
 from mmcv.transforms import BaseTransform
+from mmengine.evaluator import BaseMetric
 
 from ..registry import TRANSFORMS
 
@@ -27,6 +28,8 @@ arXiv 1903.12261."""
 
 _corrupted_images: dict[tuple, np.ndarray] = {}
 """Corrupted images by path, shape, corruption and severity."""
+CACHE_BYTES = 2**30
+"""What they take in one process, at most; images beyond are made anew each time."""
 
 
 @TRANSFORMS.register_module()
@@ -34,14 +37,15 @@ class Corrupt(BaseTransform):
     """Corrupt an image with the library ``imagecorruptions``, the same way each time.
 
     Its strengths are made for photographs of ImageNet's size: images of 32x32 pixels are hit
-    harder than in CIFAR-10-C. The random numbers follow from the path of the image, or from the
-    image itself where it has none, so that every model sees the same images.
+    harder than in CIFAR-10-C. The random numbers follow from the path of the image as the config
+    has it, or from the image itself where it has none, so that every model that is tested on that
+    path sees the same images.
 
     Args:
         corruption: one of :data:`CORRUPTIONS`.
         severity: 1 to 5; 0 leaves the image as it is.
-        cache: keep corrupted images in this process for the next model that is tested on them.
-            Default False.
+        cache: keep corrupted images in this process, up to a GiB, for the next model that is tested
+            on them. Default False.
         rgb: the channels are in the order RGB, as those of sets that hold their images. Default
             False: BGR, as files are loaded.
 
@@ -82,8 +86,9 @@ class Corrupt(BaseTransform):
         made = _corrupted_images.get(key) if self.cache else None
         if made is None:
             made = self._made(image, zlib.crc32(f'{path} {self.corruption}'.encode()))
-        if self.cache:
-            _corrupted_images[key] = made
+            held = sum(image.nbytes for image in _corrupted_images.values()) if self.cache else 0
+            if self.cache and held + made.nbytes <= CACHE_BYTES:
+                _corrupted_images[key] = made
         results['img'] = made.copy() if self.cache else made
         return results
 
@@ -196,9 +201,26 @@ def per_cent(metric: str) -> bool:
     return not (_TO_ONE.intersection(prefixes) or ap)
 
 
-def found_nothing(metric: str, scores: Mapping[str, float]) -> bool:
-    """Whether a detector found nothing in any image: mmdet's metric tells no score at all then."""
-    return metric.startswith('coco/') and not any(key.startswith('coco/') for key in scores)
+def found_nothing(metric: str, scores: Mapping[str, float], metrics: Iterable[BaseMetric]) -> bool:
+    """Whether a detector found nothing in any image: CocoMetric tells no score at all then.
+
+    Args:
+        metric: name of the score that is wanted.
+        scores: those that there are.
+        metrics: of the evaluator. One that is no CocoMetric, has another prefix or only writes its
+            results is no reason that the score is not there.
+    """
+    prefix, _, name = metric.rpartition('/')
+    if prefix != 'coco' or any(key.startswith('coco/') for key in scores):
+        return False
+    kind = 'proposal' if name.startswith('AR') else name.partition('_')[0]
+    return any(
+        'CocoMetric' in [base.__name__ for base in type(each).__mro__]
+        and each.prefix == 'coco'
+        and not each.format_only
+        and kind in each.metrics
+        for each in metrics
+    )
 
 
 def summary(

@@ -9,7 +9,7 @@ from statistics import mean
 from mmengine.evaluator import BaseMetric
 from mmengine.registry import DATASETS
 
-from ..datasets.subsets import image_labels
+from ..datasets.subsets import image_labels, without_mixers
 from ..registry import METRICS
 
 
@@ -40,7 +40,7 @@ class ShotAccuracy(BaseMetric):
         prefix: str | None = None,
     ) -> None:
         super().__init__(collect_device=collect_device, prefix=prefix)
-        train = DATASETS.build(dataset)
+        train = without_mixers(DATASETS.build(dataset))  # Each image counts once.
         self.counts = Counter(
             label for i in range(len(train)) for label in image_labels(train.get_data_info(i))
         )

@@ -226,6 +226,12 @@ class Study:
                     f"{self.path}: task '{name}': scenarios.every={wanted['every']} is for a plain "
                     f'test data set, not for {tested.type} around another: leave it out'
                 )
+            start = tested.get('indices')
+            if wanted.get('every', 1) > 1 and isinstance(start, int) and start < 0:
+                raise ValueError(
+                    f"{self.path}: task '{name}': scenarios.every={wanted['every']} cannot count "
+                    f'from the end: give the test data set a list in place of indices={start}'
+                )
             if wanted.get('severities'):
                 Corrupt(CORRUPTIONS[0], 1)
             if wanted.get('attacks'):

@@ -10,6 +10,7 @@ from mmengine.config import Config
 import protune_mm
 from protune_mm import cli
 from protune_mm.config import config_backbones
+from protune_mm.datasets import MIXERS
 
 from .plan import Study
 from .runs import Run
@@ -18,6 +19,28 @@ from .runs import Run
 def steps_of(task: dict, run: Run) -> int:
     """Steps of a run: of the task; a small part of the data is not shown as often."""
     return task['steps'] if run.fraction >= 0.5 else task.get('few_steps', task['steps'])
+
+
+def type_name(config: dict) -> str:
+    """Last part of a config's type, which is a name or, in newer configs, a class."""
+    kind = config['type']
+    return getattr(kind, '__name__', str(kind)).rpartition('.')[2]
+
+
+def evaluators_of(cfg: Config, split: str) -> list[dict]:
+    """Those of a split, of which a config may have one or many."""
+    found = cfg[f'{split}_evaluator']
+    return list(found) if isinstance(found, (list, tuple)) else [found]
+
+
+def shows_part(dataset: dict) -> bool:
+    """Whether a data set's config takes a part of the images of its annotation file."""
+    inner = dataset.get('datasets') or [dataset.get('dataset')]
+    return (
+        dataset.get('indices') is not None
+        or type_name(dataset) in ('FewLabels', 'LongTailed')
+        or any(shows_part(each) for each in inner if each)
+    )
 
 
 def config_of(study: Study, run: Run, work: str) -> Config:
@@ -49,10 +72,14 @@ def config_of(study: Study, run: Run, work: str) -> Config:
     loader = cfg.train_dataloader
     loader.sampler = dict(type='InfiniteSampler', shuffle=True)
     loader.pop('batch_sampler', None)
+    # A part of the images belongs inside wrappers that repeat or mix them.
+    holder = loader
+    while type_name(holder.dataset) in MIXERS:
+        holder = holder.dataset
     if 'long_tail' in task:
-        loader.dataset = dict(
+        holder.dataset = dict(
             type='protune_mm.LongTailed',
-            dataset=loader.dataset,
+            dataset=holder.dataset,
             ratio=task['long_tail'],
             seed=run.seed,
         )
@@ -60,15 +87,18 @@ def config_of(study: Study, run: Run, work: str) -> Config:
         few = dict(type='protune_mm.FewLabels', fraction=run.fraction, seed=run.seed)
         if task.get('validate_on_rest'):
             val = cfg.val_dataloader
-            like_val = {**loader.dataset, 'pipeline': val.dataset.pipeline}
+            like_val = {**holder.dataset, 'pipeline': val.dataset.pipeline}
             rest = dict(few, dataset=like_val, rest=True)
             val.dataset = dict(type='mmengine.ConcatDataset', datasets=[val.dataset, rest])
-        loader.dataset = dict(few, dataset=loader.dataset)
+        holder.dataset = dict(few, dataset=holder.dataset)
+    for split in ('val', 'test'):
+        for evaluator in evaluators_of(cfg, split):
+            if evaluator.get('ann_file') and shows_part(cfg[f'{split}_dataloader'].dataset):
+                evaluator['ann_file'] = None  # Else the images left out count as missed.
     if 'long_tail' in task:
         shots = dict(type='protune_mm.ShotAccuracy', dataset=loader.dataset)
-        for key in ('val_evaluator', 'test_evaluator'):
-            stock = cfg[key]
-            cfg[key] = [*(stock if isinstance(stock, list) else [stock]), shots]
+        for split in ('val', 'test'):
+            cfg[f'{split}_evaluator'] = [*evaluators_of(cfg, split), shots]
     cfg.default_hooks.checkpoint = None
     cfg.default_hooks.logger = dict(type='LoggerHook', interval=10**9)
     cfg.log_processor = dict(by_epoch=False)

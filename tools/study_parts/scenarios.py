@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterable
 
 from mmengine.config import Config
+from mmengine.evaluator import BaseMetric
 from mmengine.runner import Runner, TestLoop
 
 from protune_mm.robustness import (
@@ -19,6 +21,7 @@ from protune_mm.robustness import (
     summary,
 )
 
+from .run_config import evaluators_of
 from .runs import Run
 
 
@@ -39,14 +42,14 @@ def scenario_scores(runner: Runner, cfg: Config, task: dict, run: Run) -> dict[s
     wanted = task.get('scenarios')
     if not wanted:
         return {}
-    plain, evaluator = copy.deepcopy(cfg.test_dataloader), copy.deepcopy(cfg.test_evaluator)
+    plain, evaluator = copy.deepcopy(cfg.test_dataloader), copy.deepcopy(evaluators_of(cfg, 'test'))
     every = wanted.get('every', 1)
     if every > 1:
         chosen = plain.dataset.get('indices')
         if not isinstance(chosen, (list, tuple)):  # A number stands for the first so many.
             chosen = range(len(runner.test_dataloader.dataset))
         plain.dataset.indices = list(chosen)[::every]
-        for metric in evaluator if isinstance(evaluator, list) else [evaluator]:
+        for metric in evaluator:
             if metric.get('ann_file'):  # Else the images left out count as missed.
                 metric['ann_file'] = None
     metric, found = task['metrics'][0], {}
@@ -55,7 +58,8 @@ def scenario_scores(runner: Runner, cfg: Config, task: dict, run: Run) -> dict[s
         runner._test_loop = TestLoop(
             runner, runner.build_dataloader(dataloader), runner.build_evaluator(evaluator)
         )
-        return score(runner.test(), metric, run)
+        found = runner.test()
+        return score(found, metric, run, runner.test_loop.evaluator.metrics)
 
     for name, steps in wanted.get('shifts', {}).items():
         # In points of 100, as all scores that are not of a metric of the task.
@@ -86,13 +90,19 @@ def check_scenarios(runner: Runner, task: dict) -> None:
         check_attack(runner.model, attack, budgets, subset)
 
 
-def score(found: dict, metric: str, run: Run) -> float:
+def score(found: dict, metric: str, run: Run, metrics: Iterable[BaseMetric]) -> float:
     """One of the scores of a run that did not diverge.
+
+    Args:
+        found: all of them.
+        metric: the name of the one.
+        run: whose they are.
+        metrics: of the evaluator.
 
     Raises:
         ValueError: it is not among them, or no number.
     """
-    value = 0.0 if found_nothing(metric, found) else float(found.get(metric, math.nan))
+    value = 0.0 if found_nothing(metric, found, metrics) else float(found.get(metric, math.nan))
     if not math.isfinite(value):
         there = ', '.join(f'{key} {value}' for key, value in found.items())
         raise ValueError(f"task '{run.task}': no score {metric}: there are {there}")

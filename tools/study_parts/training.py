@@ -33,7 +33,7 @@ from protune_mm.lean.memory import kept_bytes
 from protune_mm.tuned import prompt_parameters
 
 from .plan import Study
-from .run_config import config_of, steps_of
+from .run_config import config_of, evaluators_of, steps_of, type_name
 from .runs import Run
 from .scenarios import check_scenarios, scenario_metrics, scenario_scores, score
 
@@ -131,6 +131,8 @@ def train(path: str, key: str) -> dict:
         scores = dict(val={}, test={})
         if not diverged:
             scores = dict(val=runner.val(), test=runner.test())
+            loops = dict(val=runner.val_loop, test=runner.test_loop)
+            evaluated = {split: loop.evaluator.metrics for split, loop in loops.items()}
             scores['test'] |= scenario_scores(runner, cfg, task, run)
     counts = backbone_counts(runner.model, cfg)
     # mmengine keeps what belongs to every experiment of a process.
@@ -149,9 +151,10 @@ def train(path: str, key: str) -> dict:
         clean = metric if metric in task['metrics'] else task['metrics'][0]
         found = dict(val=0.0, test=0.0)
         if not diverged:
-            found = dict(
-                val=score(scores['val'], clean, run), test=score(scores['test'], metric, run)
-            )
+            found = {
+                split: score(scores[split], name, run, evaluated[split])
+                for split, name in (('val', clean), ('test', metric))
+            }
         lines.append(
             dict(
                 key=key,
@@ -213,6 +216,36 @@ def check_apart(cfg: Config) -> None:
             seen[split] = found
 
 
+def check_evaluators(cfg: Config, every: int) -> None:
+    """Refuse COCO's metric without an annotation file where no step gives it the boxes.
+
+    Args:
+        cfg: the config of a run.
+        every: of its task's scenarios, which test on a part of the images where it is above 1.
+
+    Raises:
+        ValueError: the metric would fail after the training.
+    """
+    for split in ('val', 'test'):
+        dataset = cfg[f'{split}_dataloader'].dataset
+        while 'pipeline' not in dataset and 'dataset' in dataset:
+            dataset = dataset['dataset']
+        kept = [
+            key
+            for step in dataset.get('pipeline', ())
+            for key in step.get('meta_keys', ())
+            if type_name(step) == 'PackDetInputs'
+        ]
+        for evaluator in evaluators_of(cfg, split):
+            alone = not evaluator.get('ann_file') or (split == 'test' and every > 1)
+            if type_name(evaluator) == 'CocoMetric' and alone and 'instances' not in kept:
+                raise ValueError(
+                    f'the {split} split is a part of the images, so CocoMetric takes the boxes '
+                    f"from them: add LoadAnnotations to its pipeline, and 'instances' to the "
+                    'meta_keys of PackDetInputs'
+                )
+
+
 def check_data(study: Study, runs: Iterable[Run]) -> None:
     """Build the data sets of each task, fraction and seed of some runs, before the first of them.
 
@@ -222,7 +255,10 @@ def check_data(study: Study, runs: Iterable[Run]) -> None:
     first = {(run.task, run.fraction, run.seed): run for run in runs}
     for run in first.values():
         try:
-            check_apart(config_of(study, run, ''))
+            cfg = config_of(study, run, '')
+            check_apart(cfg)
+            task = study.tasks[run.task]
+            check_evaluators(cfg, task.get('scenarios', {}).get('every', 1))
         except ValueError as error:
             where = f"task '{run.task}', fraction {run.fraction:g}, seed {run.seed}"
             raise ValueError(f'{where}: {error}') from error
