@@ -122,7 +122,14 @@ tasks = {
         lrs=[1e-2, 3e-2, (6e-2, 0.5), 6e-2],
         options={'pro-tuning': dict(prompt=camvid_prompt)},
     ),
-    'fruit': dict(fruit, fractions=[1.0, 0.25]),
+    # At the 10 of its config single seeds of most methods fail. By validation 1 is no worse for any
+    # method: `fruit-max-norm10` of ablation.py has 10.
+    'fruit': dict(
+        fruit,
+        fractions=[1.0, 0.25],
+        lrs=[1e-3, 2e-3, 4e-3],
+        cfg_options={**fruit['cfg_options'], 'optim_wrapper.clip_grad.max_norm': 1.0},
+    ),
     'flowers5-vit': dict(
         flowers5,
         config='configs/small/vit-s_protune_flowers5.py',

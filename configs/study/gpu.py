@@ -50,7 +50,11 @@ tasks = {
     'flowers5-long-tailed': dict(classify),
     'camvid': dict(segment, fractions=[1.0, 0.2], options=in_camvid),
     'camvid-longer': dict(options=in_camvid),
-    'fruit': dict(dense, scenarios=half),
+    'fruit': dict(
+        dense,
+        scenarios=half,
+        cfg_options={**dense['cfg_options'], 'optim_wrapper.clip_grad.max_norm': 1.0},
+    ),
     'flowers5-vit': dict(classify, fractions=[0.05, 0.2, 1.0]),
     'camvid-r18': dict(segment, fractions=[1.0, 0.2]),
     'bccd': dict(dense, scenarios=half, fractions=[1.0, 0.25]),
