@@ -16,6 +16,7 @@ from .frozen import check_tuned
 from .identity import KEY, Identity
 from .registry import HOOKS
 from .tuned import backbones, frozen_keys, frozen_tensors, is_teacher, unwrapped
+from .weights import LoadRecord
 
 INFO = 'protune_mm'
 """Key of a checkpoint: names of what trained, and the random state."""
@@ -33,11 +34,22 @@ def identities(model: nn.Module, teachers: bool = True) -> dict[str, Tensor]:
         if not teachers and is_teacher(backbone):
             continue
         state = backbone._protune
-        told = Identity(
-            backbone.protune_fingerprint(), state.origin or origin_of(backbone), state.placed
-        )
+        origin = dict(state.origin or origin_of(backbone))
+        if is_mixture(backbone):
+            origin['mixture'] = True
+        told = Identity(backbone.protune_fingerprint(), origin, state.placed)
         found |= told.tensors(below(name))
     return found
+
+
+def is_mixture(backbone: nn.Module) -> bool:
+    """Whether some frozen weights came from a file and others had a random start.
+
+    Plugins that no ImageNet checkpoint has, say: nobody could fetch all of them again.
+    """
+    loads, origin = backbone._protune.loads, backbone._protune.origin
+    lacking = bool(loads.names) and loads.problem(backbone, dict(frozen_tensors(backbone)))
+    return bool(lacking or origin.get('mixture'))
 
 
 def below(name: str) -> str:
@@ -50,13 +62,16 @@ def tuned_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     ``load_state_dict`` and mmengine's ``load_checkpoint`` of the same model take it: the backbone
     checks that it runs on the same base, or fetches it. With PyTorch's own ``load_state_dict``,
-    too, nothing counts as missing.
+    too, nothing counts as missing. Frozen weights of which a part had a random start stay in it.
 
     Args:
         model: a Pro-tuned backbone or anything that contains one, wrapped (DDP) or not.
     """
     model = unwrapped(model)
     leave = frozen_keys(model)
+    for name, backbone in backbones(model).items():
+        if is_mixture(backbone):
+            leave = leave - {below(name) + key for key in frozen_keys(backbone)}
     state = {key: value for key, value in model.state_dict().items() if key not in leave}
     return state | identities(model)
 
@@ -157,14 +172,15 @@ class TunedCheckpointHook(Hook):
         for name, backbone in backbones(model).items():
             state = backbone._protune
             own = state.base_checkpoint or (not whole and origin_of(backbone))
-            if (state.origin or own) and not is_teacher(backbone):
+            known = (state.origin or own) and not is_mixture(backbone)
+            if known and not is_teacher(backbone):
                 continue
             keep |= {f'{name}.{key}'.lstrip('.') for key in frozen_keys(backbone)}
         if keep and self.tuned_only and not self._told:
             self._told = True
             runner.logger.warning(
                 'the weights of a frozen backbone could not be fetched again (they came from no '
-                'file, or follow those of another): checkpoints hold them, too'
+                'file or only in part, or follow those of another): checkpoints hold them, too'
             )
         return keep
 
@@ -239,10 +255,17 @@ def note_origin(model: nn.Module, checkpoint: dict, address: str) -> None:
     """
     model = unwrapped(model)
     state = checkpoint.get('state_dict', checkpoint)
+    held = {key.removeprefix('module.') for key in state}
     for name, backbone in backbones(model).items():
         prefix = below(name)
-        if f'{prefix}{KEY}.origin' in state:
+        if f'{prefix}{KEY}.origin' in held:
             continue
-        if any(prefix + key in state for key, _ in frozen_tensors(backbone)):
+        loads, frozen = backbone._protune.loads, dict(frozen_tensors(backbone))
+        known = {key for key in frozen if prefix + key in held and key not in loads.misshapen}
+        if known:
             origin = dict(checkpoint=whole_address(address), prefix=prefix, model=True)
+            of_it = LoadRecord(given=False, names=known, misshapen=loads.misshapen)
+            if of_it.problem(backbone, frozen):
+                # With what was there before, from another file or at random, it is of no one file.
+                origin['mixture'] = True
             backbone._protune.origin = origin

@@ -17,6 +17,7 @@ from mmengine.runner import Runner
 
 from .config import config_backbones, is_protuned, library, load_config
 from .policies import POLICIES, check_policy
+from .runner import CarefulRunner
 
 DEBUG = 'PROTUNE_DEBUG'
 """Environment variable: set to 1 for the traceback of an error that is otherwise one line."""
@@ -128,6 +129,13 @@ def draw_predictions(cfg: Config, args: argparse.Namespace) -> None:
         hook['test_out_dir'] = args.show_dir
     elif args.show_dir:
         cfg.visualizer['save_dir'] = args.show_dir
+
+
+def is_careful(cfg: Config) -> bool:
+    """Whether the runner of a config is one of ours, which knows ``first_load_from``."""
+    kind = cfg.get('runner_type', 'protune_mm.ProTuneRunner' if is_protuned(cfg) else Runner)
+    kind = RUNNERS.get(kind) if isinstance(kind, str) else kind
+    return isinstance(kind, type) and issubclass(kind, CarefulRunner)
 
 
 def build_runner(cfg: Config) -> Runner:

@@ -207,14 +207,20 @@ class NormOutput:
 
     Attributes:
         first: of four axes, the second are the channels. False: the last, unless only the second
-            fits, as in the libraries' LayerNorm2d.
+            fits.
+        named: it takes maps, as the libraries' LayerNorm2d: where both axes fit, its argument
+            ``data_format`` tells, else the second are the channels.
     """
 
     first: bool
+    named: bool = False
 
     def join(self, site: Site, prompt: nn.Module, out: Tensor, args: tuple, kwargs: dict) -> Tensor:
         """Return the prompted output, of the shape of ``out``."""
         maps = out.ndim == 4 and (self.first or out.shape[-1] != site.channels)
+        if self.named and out.ndim == 4 and out.shape[1] == out.shape[-1]:
+            told = [*args[1:], *kwargs.values()]
+            maps = not any(isinstance(each, str) and 'last' in each for each in told)
         layout = Maps() if maps else Rows()
         return layout.join(site, prompt, out, args, kwargs)
 

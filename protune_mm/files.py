@@ -111,6 +111,9 @@ def whole_file(path: Path) -> Iterator[Path]:
 def last_good_checkpoint(folder: str) -> str | None:
     """The newest checkpoint in a work folder that is whole; None where there is none.
 
+    That which ``last_checkpoint`` names, unless a signal had a later one written, or a crash came
+    between a later one and that note. The files of a copied folder may have any times.
+
     Args:
         folder: a Runner's ``work_dir``.
     """
@@ -118,12 +121,38 @@ def last_good_checkpoint(folder: str) -> str | None:
     found = {path for path in Path(folder).glob('*.pth') if WRITTEN.fullmatch(path.name)}
     pointer = Path(folder, 'last_checkpoint')
     told = pointer.read_text().strip() if pointer.is_file() else ''
-    if told and '://' in told:
-        return told
-    files = {path.resolve() for path in (found | {Path(told)} if told else found) if path.is_file()}
-    for path in sorted(files, key=lambda p: p.stat().st_mtime_ns, reverse=True):
+    elsewhere = '://' in told
+    if elsewhere:
+        found = {path for path in found if path.name.startswith(PREEMPTED.partition('{')[0])}
+    elif told:
+        found |= {Path(told)}
+    last = Path(told).resolve()
+    files = sorted(
+        {path.resolve() for path in found if path.is_file()},
+        key=lambda path: (_is_after(path, last), path == last, path.stat().st_mtime_ns),
+        reverse=True,
+    )
+    for path in files:
         wrong = damage(path)
         if wrong is None:
             return str(path)
         logger.warning(f'checkpoint {path} is left out: {wrong}')
-    return None
+    return told if elsewhere else None
+
+
+def _is_after(path: Path, last: Path) -> bool:
+    """Whether a checkpoint was written after the one that a training noted as its last.
+
+    One for a signal is gone as soon as the next regular one is written. Of the others both name
+    and time tell: one of an earlier training in the folder may have a higher number.
+    """
+    (kind, number), (last_kind, last_number) = _kind_of(path), _kind_of(last)
+    if kind == 'preempted_iter':
+        return True
+    later = kind == last_kind and number > last_number and last.is_file()
+    return later and path.stat().st_mtime_ns >= last.stat().st_mtime_ns
+
+
+def _kind_of(path: Path) -> tuple[str, int]:
+    kind, _, number = path.stem.rpartition('_')
+    return (kind, int(number)) if WRITTEN.fullmatch(path.name) else ('', 0)

@@ -99,6 +99,8 @@ class ProTunedBackbone:
             parameter.requires_grad_(requires_grad)
         for module in trained:
             module.train(mode)
+        if self in sets_of:
+            sets_of[self].train(mode)
         if getattr(self, 'norm_eval', False):
             # What the stock backbone asks for holds for its own blocks that train, too.
             for block in trained_blocks(self).values():
@@ -123,8 +125,11 @@ class ProTunedBackbone:
             with _without_prompts(self):
                 super().init_weights()
         if not self._protune.initialized:
-            with torch.random.fork_rng(devices=[]):
-                for prompt in prompts(self).values():
+            starting = prompts(self).values()
+            # The neck and head of a seed start as without prompts, on a GPU as well.
+            cuda = {p.device for prompt in starting for p in prompt.parameters() if p.is_cuda}
+            with torch.random.fork_rng(devices=list(cuda)):
+                for prompt in starting:
                     prompt.init_weights()
             self._protune.initialized = True
 
@@ -137,6 +142,10 @@ class ProTunedBackbone:
     ) -> None:
         told = Identity.pop(state_dict, prefix)
         if told is not None:
+            if '_protune_taken' in self.__dict__:
+                # `init_cfg` names a file with prompts: they are part of what it initializes.
+                _give_back(self)
+                self._protune.initialized = True
             check_tuned(self, told, state_dict, prefix)
             lacking = (prefix + name not in state_dict for name, _ in frozen_tensors(self))
             if any(lacking):
@@ -236,12 +245,25 @@ def _loads_pretrained(module: nn.Module) -> bool:
 @contextmanager
 def _without_prompts(backbone: nn.Module) -> Iterator[None]:
     blocks = [m for m in backbone.modules() if isinstance(m, PromptedBlock)]
-    taken = [block._modules.pop('prompt') for block in blocks]
+    backbone._protune_taken = [(block, block._modules.pop('prompt')) for block in blocks]
     try:
         yield
     finally:
-        for block, prompt in zip(blocks, taken, strict=True):
-            block._modules['prompt'] = prompt
+        _give_back(backbone)
+
+
+def _give_back(backbone: nn.Module) -> None:
+    # mmengine keeps a record of all parameters while it initializes, and refuses new ones.
+    record = backbone.__dict__.get('_params_init_info')
+    for block, prompt in backbone.__dict__.pop('_protune_taken', ()):
+        block._modules['prompt'] = prompt
+        if record is None:
+            continue
+        for module in prompt.modules():
+            module._params_init_info = record
+        for parameter in prompt.parameters():
+            if parameter not in record:
+                record[parameter] = dict(init_info='its own start', tmp_mean_value=None)
 
 
 def _trained_parameters(backbone: nn.Module) -> Iterator[nn.Parameter]:

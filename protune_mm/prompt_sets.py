@@ -246,6 +246,13 @@ class PromptSets:
                 prompt.to(*args, **kwargs)
         return self
 
+    def train(self, mode: bool = True) -> PromptSets:
+        """Set the mode of all sets; ``train`` and ``eval`` of the backbone do it."""
+        for group in self._sets.values():
+            for prompt in group:
+                prompt.train(mode)
+        return self
+
     def chosen(self) -> _One:
         """The prompts of a forward pass that begins now."""
         used = _used.get()

@@ -8,7 +8,6 @@ import logging
 from dataclasses import replace
 
 import torch
-from mmcv.cnn.bricks.conv2d_adaptive_padding import Conv2dAdaptivePadding
 from mmengine.logging import print_log
 from torch import nn
 
@@ -216,8 +215,11 @@ def _layer_sites(
         if isinstance(layer, nn.Conv2d):
             names = ('kernel_size', 'stride', 'padding', 'dilation')
             geometry |= {key: getattr(layer, key) for key in names}
-            if isinstance(layer, Conv2dAdaptivePadding):
-                geometry['conv_type'] = Conv2dAdaptivePadding
+            for same in type(layer).__mro__:  # Of mmcv, and of timm.
+                if same.__name__ in ('Conv2dAdaptivePadding', 'Conv2dSame'):
+                    geometry['conv_type'] = same
+            if layer.padding_mode != 'zeros':
+                geometry['padding_mode'] = layer.padding_mode
         elif height is not None:
             geometry['stride'] = -(-given[height] // returned[height])
         sites.append(
@@ -265,11 +267,16 @@ def _norm_sites(module: nn.Module, paths: list[str], native: tuple, name: str) -
             name=path,
             block=path,
             channels=module.get_submodule(path).weight.numel(),
-            layout=NormOutput(first=not isinstance(module.get_submodule(path), nn.LayerNorm)),
+            layout=_norm_layout(module.get_submodule(path)),
         )
         for path in paths
         if path in reached
     ]
+
+
+def _norm_layout(norm: nn.Module) -> NormOutput:
+    plain = isinstance(norm, nn.LayerNorm)
+    return NormOutput(first=not plain, named=plain and '2d' in stock_type(norm).__name__)
 
 
 def _taken(kind: type, geometry: dict) -> dict:

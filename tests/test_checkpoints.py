@@ -8,10 +8,11 @@ import torch
 from mmengine.config import ConfigDict
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import load_checkpoint
+from torch import nn
 
 import protune_mm
 from protune_mm.base_weights import ALLOW, BASE, own_files
-from protune_mm.checkpoints import tuned_state_dict
+from protune_mm.checkpoints import note_origin, tuned_state_dict
 from protune_mm.identity import KEY
 from protune_mm.tuned import frozen_keys, frozen_tensors, tuned_parameters
 from tests.conftest import EVERY, EXAMPLES, build_protuned, build_stock, flat, image
@@ -281,6 +282,57 @@ def test_merged_and_given_modules_have_an_identity_too():
     again = protune_mm.protune(MODELS.build(dict(type='mmdet.ResNet', depth=18)))
     with pytest.raises(RuntimeError, match='tuned on another base'):
         again.load_state_dict(state)
+
+
+def test_weights_of_which_a_part_came_from_no_file_stay_in_the_file(base, tmp_path):
+    """Those of a plugin, say, which no ImageNet checkpoint has, start at random."""
+    state = torch.load(base, weights_only=True)
+    part = {key: tensor for key, tensor in state.items() if not key.startswith('layer4.1')}
+    torch.save(part, tmp_path / 'part.pth')
+    init = dict(type='Pretrained', checkpoint=str(tmp_path / 'part.pth'))
+    backbone = resnet(init_cfg=init)
+    backbone.init_weights()
+    trained(backbone)
+    tuned, outputs = tuned_state_dict(backbone), flat(backbone(image()))
+    for _ in range(2):
+        assert 'layer4.1.conv1.weight' in tuned
+        other = resnet(init_cfg=init)
+        other.init_weights()
+        other.load_state_dict(tuned)
+        assert same(other, outputs)
+        tuned = tuned_state_dict(other)  # Loaded from one file, it still is of no other.
+
+
+def test_a_detector_checkpoint_that_lacks_a_part_is_not_the_base(base, tmp_path):
+    state = {f'module.backbone.{k}': v for k, v in torch.load(base, weights_only=True).items()}
+    for lacks in (False, True):
+        model = nn.ModuleDict(dict(backbone=resnet()))
+        path = tmp_path / f'{lacks}.pth'
+        held = {k: v for k, v in state.items() if not (lacks and 'layer4.1' in k)}
+        torch.save(dict(state_dict=held), path)
+        checkpoint = load_checkpoint(model, str(path))
+        note_origin(model, checkpoint, str(path))
+        assert model.backbone._protune.origin['checkpoint'] == str(path)
+        assert ('backbone.layer4.1.conv1.weight' in tuned_state_dict(model)) == lacks
+
+
+@pytest.mark.parametrize('prefix', ['', 'backbone.'])
+@pytest.mark.parametrize('whole', [False, True])
+def test_init_cfg_may_name_a_file_with_prompts(base, tmp_path, monkeypatch, whole, prefix):
+    backbone = resnet(init_cfg=dict(type='Pretrained', checkpoint=str(base)))
+    backbone.init_weights()
+    trained(backbone)
+    frozen = backbone.state_dict() if whole else {}
+    state = {f'{prefix}{k}': v for k, v in (frozen | tuned_state_dict(backbone)).items()}
+    torch.save(dict(state_dict=state), tmp_path / 'tuned.pth')
+    monkeypatch.setenv(ALLOW, '1')
+    init = dict(type='Pretrained', checkpoint=str(tmp_path / 'tuned.pth'))
+    other = resnet(init_cfg=init | (dict(prefix=prefix) if prefix else {}), require_weights=True)
+    for _ in range(2):
+        other.init_weights()
+        assert same(other, flat(backbone(image())))
+    with pytest.raises(ValueError, match=r'prompt\.hidden'):
+        resnet(init_cfg=other.init_cfg, prompt=dict(hidden=3)).init_weights()
 
 
 def test_the_base_of_load_from_is_found_beside_init_cfg(tmp_path, base, monkeypatch):

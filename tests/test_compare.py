@@ -2,7 +2,7 @@
 
 import json
 
-from tests.conftest import run_tool
+from tests.conftest import ROOT, run_tool
 from tests.small_runs import SHAPES, data
 
 
@@ -47,3 +47,29 @@ def test_the_learning_rate_is_picked_by_validation():
     ]
     assert picked(rows, 'a', 'full') is rows[1]
     assert picked(rows, 'a', 'prompts') is None
+
+
+def test_runs_are_told_apart_and_all_policies_have_their_line(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+    from compare import key_of, table
+
+    common = dict(
+        config='a', seed=0, metric='m', val=0.2, test=0.9, val_curve=[0.1, 0.2], best_epoch=2,
+        epochs=2, parameters=dict(prompts=0, trained=1), threads=1, versions={},
+        command='python tools/compare.py a.py --policies full --seed 0',
+    )  # fmt: skip
+    short = dict(common, policy='full', command=f'{common["command"]} --epochs 2')
+    assert key_of(short) != key_of(dict(common, policy='full'))
+    text = table([dict(common, policy=name) for name in ('last-2', 'full', 'bias')])
+    assert '| head-only | Pro-tuned | full fine-tuning | last-2 | bias |' in text
+    assert '\n| bias |' in text
+
+
+def test_bad_input_is_told_before_the_training():
+    for arguments, message in (
+        ((SHAPES, '--policies', 'biases'), "policy='biases' is unknown"),
+        (('configs/upernet_protune_r50_ade20k.py',), 'counts no epochs'),
+    ):
+        done = run_tool('tools/compare.py', *arguments, check=False)
+        assert message in done.stderr
+        assert 'training' not in done.stdout

@@ -231,6 +231,25 @@ def resnet(**more):
     return pair(library, family, **more)[1]
 
 
+def test_all_sets_are_in_the_mode_of_the_backbone():
+    backbone = resnet(prompt=dict(drop_rate=0.5)).train()
+    sets = protune_mm.PromptSets(backbone, 'a')
+    sets.add('b')
+    sets.switch('b')
+    for mode in (False, True, False):
+        backbone.train(mode)
+        sets.add(f'while {mode}') if f'while {mode}' not in sets else None
+        assert {p.training for name in sets for each in sets[name] for p in each.modules()} == {
+            mode
+        }
+    moved(backbone, 1)
+    with torch.no_grad(), sets.use('a'):
+        assert close(backbone(image()), backbone(image()))
+    assert set(sets.together(image(), ['a', 'b'])) == {'a', 'b'}
+    sets.switch('a')
+    assert not any(p.training for p in prompts(backbone).values())
+
+
 def test_bad_input_is_one_clear_error(tmp_path):
     backbone = resnet()
     sets = protune_mm.PromptSets(backbone, 'a')

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from mmengine.registry import DefaultScope
+from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 from torch.nn import functional as F
 
@@ -191,6 +191,52 @@ def test_merges_into_the_stock_weights(library, family, lean, kind):
     with torch.no_grad():
         for a, b in zip(flat(stock(x)), got, strict=True):
             assert (a - b).abs().max() <= 1e-4 * a.abs().max()  # float32
+
+
+def merged_is_the_same(tuned, *sizes):
+    move_prompts(tuned)
+    images = [image(1, size, size) for size in sizes]
+    with torch.no_grad():
+        expected = [flat(tuned(x)) for x in images]
+        protune_mm.merge(tuned)
+        for x, outs in zip(images, expected, strict=True):
+            for a, b in zip(outs, flat(tuned(x)), strict=True):
+                assert (a - b).abs().max() <= 1e-4 * a.abs().max()  # float32
+
+
+def test_maps_as_wide_as_they_have_channels_merge_too():
+    """Behind the stem of ConvNeXt with images of 96 pixels: which axis is it?"""
+    arch = dict(depths=[1, 1, 1, 1], channels=[24, 32, 48, 64])
+    for more in (dict(), dict(linear_pw_conv=False)):
+        tuned = MODELS.build(
+            dict(type='protune_mm.ProTuned', base='mmpretrain.ConvNeXt', arch=arch,
+                 gap_before_final_norm=False, out_indices=(0, 3), prompt=dict(type='ScaleShift'),
+                 **more)
+        ).eval()  # fmt: skip
+        merged_is_the_same(tuned, 64, 96)
+
+
+@pytest.mark.parametrize('mode', ['reflect', 'circular'])
+def test_lora_pads_as_its_layer(mode):
+    conv = dict(type='Conv2d', padding_mode=mode)
+    tuned = MODELS.build(
+        dict(type='protune_mm.ProTuned', base='mmdet.ResNet', depth=18, conv_cfg=conv,
+             prompt=dict(type='LoRA'))
+    ).eval()  # fmt: skip
+    merged_is_the_same(tuned, 64)
+
+
+def test_layers_that_compute_their_weight_are_left_out():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = nn.Sequential(
+                nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)),
+                nn.utils.spectral_norm(nn.Conv2d(4, 4, 3)),
+                nn.Conv2d(4, 4, 3),
+            )
+
+    assert LoRA.layers(Net()) == ['block.2']
 
 
 def test_what_is_no_change_of_weights_is_not_merged():

@@ -18,6 +18,7 @@ from mmengine.utils import ManagerMixin
 
 import protune_mm
 from protune_mm import cli
+from protune_mm.files import last_good_checkpoint
 from protune_mm.resume import SIGNALS, PreemptionHook
 from protune_mm.tuned import frozen_keys, frozen_tensors
 from tests.conftest import CLS
@@ -260,6 +261,48 @@ def test_the_last_good_checkpoint_is_found(pictures, base, tmp_path):
     train(config(pictures, base, tmp_path / 'whole', EPOCHS))
     for part in ('state_dict', 'optimizer'):
         assert differing(newest(tmp_path)[part], newest(tmp_path / 'whole')[part], part) == []
+
+
+def test_a_base_that_is_of_a_file_in_part_stays_in_the_file(pictures, base, tmp_path):
+    cfg = config(pictures, base, tmp_path, EPOCHS)
+    state = torch.load(base, weights_only=True)
+    torch.save({k: v for k, v in state.items() if 'layer4' not in k}, tmp_path / 'part.pth')
+    cfg.model.backbone.init_cfg.checkpoint = str(tmp_path / 'part.pth')
+    cfg.model.backbone.require_weights = False
+    train(cfg, StopHook(7))
+    assert train(cfg, resume=True) is None
+    assert 'backbone.layer4.0.conv1.weight' in newest(tmp_path)['state_dict']
+
+
+def test_which_checkpoint_is_the_last(tmp_path):
+    def write(*names):
+        for i, name in enumerate(names):
+            torch.save(dict(state_dict={}), tmp_path / name)
+            os.utime(tmp_path / name, (1000 + i, 1000 + i))
+
+    def last():
+        return Path(last_good_checkpoint(str(tmp_path))).name
+
+    # A copied folder: the times tell nothing.
+    write('epoch_12.pth', 'epoch_2.pth', 'epoch_10.pth')
+    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'epoch_12.pth'))
+    assert last() == 'epoch_12.pth'
+    # A crash came before the note; a training that began anew in the folder of another.
+    write('epoch_12.pth', 'epoch_13.pth')
+    assert last() == 'epoch_13.pth'
+    write('epoch_12.pth', 'epoch_13.pth', 'epoch_1.pth', 'epoch_2.pth')
+    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'epoch_2.pth'))
+    assert last() == 'epoch_2.pth'
+    # What a signal had written is later, also than one that lies elsewhere.
+    write('preempted_iter_7.pth')
+    assert last() == 'preempted_iter_7.pth'
+    (tmp_path / 'last_checkpoint').write_text('s3://bucket/epoch_2.pth')
+    assert last() == 'preempted_iter_7.pth'
+    (tmp_path / 'preempted_iter_7.pth').unlink()
+    assert last_good_checkpoint(str(tmp_path)) == 's3://bucket/epoch_2.pth'
+    # Without a note, or with one of a file that is gone, the newest by time.
+    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'epoch_20.pth'))
+    assert last() == 'epoch_2.pth'
 
 
 def test_other_files_in_the_folder_are_not_resumed(pictures, base, tmp_path):

@@ -104,3 +104,19 @@ def test_a_timm_backbone_that_tells_no_stages(name):
 def test_a_timm_backbone_with_no_place_for_prompts(name, what):
     with pytest.raises(ValueError, match=f'TIMMBackbone: {what}'):
         wrapped(name, True)
+
+
+@pytest.mark.parametrize('kind', ['LoRA', 'ScaleShift'])
+def test_layers_that_are_special_merge_or_are_left_out(kind):
+    # All convolutions have standardized weights, all norms an activation inside.
+    with pytest.raises(ValueError, match='finds no (layer|norm)'):
+        protune_mm.protune(wrapped('resnetv2_50x1_bit', **FEATURES), prompt=dict(type=kind))
+    # Some norms have an activation; convolutions pad by the size of their map.
+    backbone = wrapped('tf_efficientnetv2_b0', **FEATURES)
+    tuned = protune_mm.protune(backbone, prompt=dict(type=kind))
+    move_prompts(tuned)
+    x = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        expected = flat(tuned(x))
+        for a, b in zip(expected, flat(protune_mm.merge(tuned)(x)), strict=True):
+            assert (a - b).abs().max() <= 1e-4 * a.abs().max()  # float32

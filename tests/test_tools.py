@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
-from tests.conftest import STOCK_TOOLS, run_tool
+from protune_mm import cli
+from tests.conftest import ROOT, STOCK_TOOLS, run_tool
 from tests.small_runs import QUICK, SHAPES, data
 
 
@@ -54,6 +56,28 @@ def test_resume_without_a_checkpoint_starts_from_load_from(trained, shapes, tmp_
     before, after = state(start), state(tmp_path / 'epoch_1.pth')
     for name, tensor in before.items():
         assert torch.equal(tensor, after[name]) or 'running' in name or 'num_batches' in name, name
+
+
+def test_resume_of_a_stock_config_starts_from_load_from_too(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+    import train
+
+    asked = []
+    monkeypatch.setattr(cli, 'build_runner', lambda cfg: asked.append(cfg) or Mock())
+    stock = 'mmpretrain::resnet/resnet18_8xb32_in1k.py'
+    first = ['--work-dir', str(tmp_path), '--cfg-options', 'load_from=start.pth']
+
+    def given(*more):
+        monkeypatch.setattr('sys.argv', ['train.py', stock, '--resume', *more, *first])
+        train.main()
+        return {key: asked[-1].get(key) for key in ('resume', 'load_from', 'first_load_from')}
+
+    careful = dict(resume=True, load_from=None, first_load_from='start.pth')
+    assert given() == dict(resume=False, load_from='start.pth', first_load_from=None)
+    assert given('--protune') == careful
+    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'epoch_1.pth'))
+    assert given() == dict(resume=True, load_from=None, first_load_from=None)
+    assert given('--protune') == careful
 
 
 @pytest.mark.gpu

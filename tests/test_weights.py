@@ -176,3 +176,16 @@ def test_init_weights_keeps_the_weights_a_module_came_with():
     tuned.init_weights()
     for name, tensor in before.items():
         assert torch.equal(tuned.state_dict()[name], tensor), name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_on_a_gpu_what_comes_after_starts_as_without_prompts():
+    drawn = []
+    for policy in ('prompts', 'head-only'):
+        config = dict(type='protune_mm.ProTuned', base='mmdet.ResNet', depth=18, policy=policy)
+        backbone = MODELS.build(config).cuda()
+        torch.manual_seed(0)
+        backbone.init_weights()
+        drawn.append(torch.rand(3, device='cuda'))
+    assert torch.equal(*drawn)

@@ -9,6 +9,7 @@ run that is there is not repeated. The table in OUT/README.md is drawn from that
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from mmengine.config import DictAction
 
 from protune_mm import cli
 from protune_mm.compat import stack_versions
-from protune_mm.policies import POLICIES
+from protune_mm.policies import POLICIES, check_policy
 
 TOOLS = Path(__file__).parent
 ORDER = ('head-only', 'prompts', 'full')
@@ -38,13 +39,18 @@ def main() -> None:
         '--cfg-options', nargs='+', default=[], metavar='KEY=VALUE', help='handed to both tools'
     )
     args = parser.parse_args()
+    for policy in args.policies:
+        check_policy(policy)
+    for config in args.configs:
+        if 'max_epochs' not in (cli.read_config(config).get('train_cfg') or {}):
+            parser.error(f'{config} counts no epochs (train_cfg.max_epochs), which this tool does')
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     results = out / 'results.jsonl'
     plan = [(config, policy) for config in args.configs for policy in args.policies]
     for number, (config, policy) in enumerate(plan, 1):
         done = read(results)
-        key = (Path(config).stem, policy, args.seed, *args.cfg_options)
+        key = (Path(config).stem, policy, args.seed, args.epochs, *args.cfg_options)
         if any(key == key_of(row) for row in done):
             print(f'[{number}/{len(plan)}] {key}: already in {results}', flush=True)
             continue
@@ -57,7 +63,9 @@ def main() -> None:
 
 
 def key_of(row: dict) -> tuple:
-    return (row['config'], row['policy'], row['seed'], *row.get('options', ()))
+    asked = re.search(r' --epochs (\d+)', row['command'])
+    epochs = int(asked[1]) if asked else None
+    return (row['config'], row['policy'], row['seed'], epochs, *row.get('options', ()))
 
 
 def run(config: str, policy: str, args: argparse.Namespace) -> dict:
@@ -74,8 +82,10 @@ def run(config: str, policy: str, args: argparse.Namespace) -> dict:
     call('train.py', train)
     wall = time.time() - start
     curve = validation_curve(work, metric)
-    best = max(curve, key=curve.get)
-    checkpoint = next(work.glob(f'best_{metric.replace("/", "_")}_epoch_{best}.pth'))
+    # Which one that is the hook knows: of a loss the least is the best.
+    found = work.glob(f'best_{metric.replace("/", "_")}_epoch_*.pth')
+    checkpoint = max(found, key=lambda path: path.stat().st_mtime)
+    best = int(checkpoint.stem.rpartition('_')[2])
     scores = work / 'test.json'
     test = [config, str(checkpoint), '--policy', policy, '--work-dir', str(work)]
     extra = ['--cfg-options', *args.cfg_options] if args.cfg_options else []
@@ -138,6 +148,7 @@ def read(results: Path) -> list:
 
 def table(rows: list) -> str:
     """The document: a summary, then one table a config, with the commands and what they ran on."""
+    order = [*dict.fromkeys([*ORDER, *(row['policy'] for row in rows)])]
     text = ['# Real runs: head-only, Pro-tuned and full fine-tuning', '']
     text += [
         'Real images and real ImageNet weights, same steps, seed and data for each policy. The',
@@ -145,12 +156,12 @@ def table(rows: list) -> str:
         'learning rate, and the form of the prompts, where several were run: "picked" below. Drawn',
         'by `tools/compare.py` from `results.jsonl`, which also holds every validation curve.',
         '',
-        '| test (validation) | ' + ' | '.join(TITLES[policy] for policy in ORDER) + ' |',
-        '|---' * (len(ORDER) + 1) + '|',
+        '| test (validation) | ' + ' | '.join(TITLES.get(p, p) for p in order) + ' |',
+        '|---' * (len(order) + 1) + '|',
     ]
     configs = list(dict.fromkeys(row['config'] for row in rows))
     for config in configs:
-        cells = [picked(rows, config, policy) for policy in ORDER]
+        cells = [picked(rows, config, policy) for policy in order]
         shown = [f'{row["test"]:.4g} ({row["val"]:.4g})' if row else 'not run' for row in cells]
         text.append(f'| {config}, {metric_of(rows, config)} | ' + ' | '.join(shown) + ' |')
     text.append('')
@@ -162,14 +173,14 @@ def table(rows: list) -> str:
             '| trained | picked |',
             '|---' * 9 + '|',
         ]
-        for row in sorted(mine, key=lambda r: (ORDER.index(r['policy']), r['seed'], options_of(r))):
+        for row in sorted(mine, key=lambda r: (order.index(r['policy']), r['seed'], options_of(r))):
             curve = row['val_curve']
             third = len(curve) * 2 // 3
             gain = max(curve[third:]) - max(curve[:third] or curve)
             n = row['parameters']
             chosen = 'yes' if row is picked(rows, config, row['policy']) else ''
             text.append(
-                f'| {TITLES[row["policy"]]} | {options_of(row)} | {row["seed"]} '
+                f'| {TITLES.get(row["policy"], row["policy"])} | {options_of(row)} | {row["seed"]} '
                 f'| **{row["test"]:.4g}** '
                 f'| {row["val"]:.4g} ({row["best_epoch"]} / {row["epochs"]}) | {gain:+.3g} '
                 f'| {n["prompts"]:,} | {n["trained"]:,} | {chosen} |'

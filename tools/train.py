@@ -6,6 +6,8 @@ python tools/train.py mmdet::retinanet/retinanet_r50_fpn_1x_coco.py --protune
 
 import argparse
 
+from mmengine.runner import find_latest_checkpoint
+
 from protune_mm import cli
 
 
@@ -31,10 +33,13 @@ def main() -> None:
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
     if args.resume:
-        cfg.resume = True
         # A job that is put back into a queue has --resume from its first start on.
-        cfg.first_load_from = cfg.get('load_from') if args.resume == 'auto' else None
-        cfg.load_from = None if args.resume == 'auto' else args.resume
+        if args.resume != 'auto':
+            cfg.resume, cfg.load_from = True, args.resume
+        elif cli.is_careful(cfg):
+            cfg.resume, cfg.first_load_from, cfg.load_from = True, cfg.get('load_from'), None
+        elif find_latest_checkpoint(cfg.work_dir):
+            cfg.resume, cfg.load_from = True, None
     if args.auto_scale_lr:
         if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
             parser.error(f'--auto-scale-lr: {args.config} has no auto_scale_lr.base_batch_size')

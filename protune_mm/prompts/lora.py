@@ -6,12 +6,26 @@ import logging
 import math
 
 import torch
-from mmcv.cnn import ConvAWS2d, ConvWS2d
 from mmengine.logging import print_log
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..registry import PROMPTS
 from .base import Prompt, outermost
+
+STANDARDIZED = {
+    'ConvWS2d', 'ConvAWS2d', 'StdConv2d', 'StdConv2dSame', 'ScaledStdConv2d', 'ScaledStdConv2dSame',
+}  # fmt: skip
+"""Convolutions of mmcv and timm that standardize their weight in each forward pass."""
+
+
+def computes_its_weight(layer: nn.Module) -> bool:
+    """Whether what a layer applies is not its parameter, so that nothing can be merged into it."""
+    return (
+        any(kind.__name__ in STANDARDIZED for kind in type(layer).__mro__)
+        or is_parametrized(layer, 'weight')
+        or not isinstance(layer._parameters.get('weight'), nn.Parameter)  # Older weight norm.
+    )
 
 
 @PROMPTS.register_module()
@@ -30,10 +44,11 @@ class LoRA(Prompt):
         padding: of the layer. Default 0.
         dilation: of the layer. Default 1.
         conv_type: of the layer, which may pad in a way of its own. Default ``nn.Conv2d``.
+        padding_mode: of the layer. Default ``'zeros'``.
         rank: channels between the two. Default 8.
         alpha: numerator of the factor. Default ``rank``, a factor of 1.
         layers: names of the layers that have one, such as ``('qkv',)``. Default: every linear
-            layer and every convolution without groups or standardized weights.
+            layer and every convolution without groups that applies its weight as it is.
         zero_init: start ``up`` at zero. Default True, the paper's.
 
     Shape: ``(B, channels, H, W) -> (B, out_channels, H / stride, W / stride)``.
@@ -51,6 +66,7 @@ class LoRA(Prompt):
         padding: int | tuple = 0,
         dilation: int | tuple = 1,
         conv_type: type[nn.Conv2d] = nn.Conv2d,
+        padding_mode: str = 'zeros',
         rank: int = 8,
         alpha: float | None = None,
         layers: tuple[str, ...] = (),
@@ -60,6 +76,8 @@ class LoRA(Prompt):
         self.zero_init = zero_init
         self.scale = (rank if alpha is None else alpha) / rank
         geometry = dict(stride=stride, padding=padding, dilation=dilation, bias=False)
+        if padding_mode != 'zeros':  # A type of its own has none.
+            geometry['padding_mode'] = padding_mode
         self.down = conv_type(channels, rank, kernel_size, **geometry)
         self.up = nn.Conv2d(rank, out_channels or channels, 1, bias=False)
         self.init_weights()
@@ -83,12 +101,9 @@ class LoRA(Prompt):
 
         def wanted(name: str, layer: nn.Module) -> bool:
             plain = isinstance(layer, nn.Linear) or (
-                isinstance(layer, nn.Conv2d)
-                and layer.groups == 1
-                # A merged weight would be standardized with what was added to it.
-                and not isinstance(layer, ConvWS2d | ConvAWS2d)
+                isinstance(layer, nn.Conv2d) and layer.groups == 1
             )
-            return plain and (not layers or name in layers)
+            return plain and not computes_its_weight(layer) and (not layers or name in layers)
 
         found = list(outermost(block, wanted))
         # It reads its weights past its layers, so that nothing beside them would run.

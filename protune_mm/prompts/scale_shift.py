@@ -54,6 +54,9 @@ class ScaleShift(Prompt):
         def wanted(_: str, layer: nn.Module) -> bool:
             # A norm without a weight of its own has nothing to merge into.
             known = isinstance(layer, NORMS) or type(layer).__name__ == 'LayerNorm'
+            # Of timm's norms with an activation inside nothing comes between the two.
+            if not isinstance(getattr(layer, 'act', None), nn.Identity | None):
+                return False
             return known and getattr(layer, 'bias', None) is not None
 
         return list(outermost(block, wanted))

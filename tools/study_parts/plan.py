@@ -375,4 +375,5 @@ def _update(found: dict, chosen: dict | None) -> None:
 def _defaults(kind: type) -> dict:
     """Options of a prompt type that have a default, but for what the layer beside it decides."""
     given = inspect.signature(kind).parameters.values()
-    return {p.name: p.default for p in given if p.default is not p.empty and p.name != 'conv_type'}
+    own = ('conv_type', 'padding_mode')
+    return {p.name: p.default for p in given if p.default is not p.empty and p.name not in own}
