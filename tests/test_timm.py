@@ -109,7 +109,7 @@ def test_a_timm_backbone_with_no_place_for_prompts(name, what):
 @pytest.mark.parametrize('kind', ['LoRA', 'ScaleShift'])
 def test_layers_that_are_special_merge_or_are_left_out(kind):
     # All convolutions have standardized weights, all norms an activation inside.
-    with pytest.raises(ValueError, match='finds no (layer|norm)'):
+    with pytest.raises(ValueError, match=r'finds no (layer|norm)'):
         protune_mm.protune(wrapped('resnetv2_50x1_bit', **FEATURES), prompt=dict(type=kind))
     # Some norms have an activation; convolutions pad by the size of their map.
     backbone = wrapped('tf_efficientnetv2_b0', **FEATURES)
