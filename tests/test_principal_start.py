@@ -91,6 +91,20 @@ def test_a_batch_that_shows_too_little_still_starts(x):
     assert prompt.up.bias.grad.abs().min() > 0
 
 
+@pytest.mark.parametrize('x', [torch.zeros(2, 12, 3, 3), torch.full((2, 12, 3, 3), torch.inf)])
+def test_a_batch_that_shows_nothing_is_not_the_first(x, log):
+    """A look at shapes before the training, or an overflow in half precision."""
+    torch.manual_seed(0)
+    once, later = block(), block()
+    later.load_state_dict(once.state_dict())
+    later(x)
+    assert 'it waits for the next one' in log.text
+    for prompt in (once, later):
+        prompt(batch())
+        assert not prompt.waits
+    assert torch.equal(once.down.weight, later.down.weight)
+
+
 def test_half_precision():
     prompt = block()
     with torch.autocast('cpu', dtype=torch.bfloat16):

@@ -198,7 +198,8 @@ class ProTuningBlock(BaseModule):
         the frozen features, instead of random ones: the projection that principal component
         analysis gives is the one that keeps most of their inner products. EVA, arXiv 2410.07170,
         starts LoRA's first matrix in this way. Of several processes all start as the first one
-        does. A prompt whose last convolution is not zero was trained already, and stays as it is.
+        does. A prompt whose last convolution is not zero was trained already, and stays as it is;
+        where all pixels are the same, or one is no number, it waits for the next batch.
 
         Args:
             x: (B, C, H, W), what the block reads; at most 2048 pixels of it are looked at.
@@ -208,6 +209,18 @@ class ProTuningBlock(BaseModule):
             return
         with torch.autocast(x.device.type, enabled=False):
             found = self._project_on_principal(some_pixels(x.detach()))
+        of_first = torch.tensor(found, device=x.device)
+        broadcast(of_first)
+        found = int(of_first)
+        if not found:
+            self.waits = True
+            print_log(
+                'a prompt cannot start from this batch, in which all pixels are the same or one is '
+                'no number: it waits for the next one',
+                logger='current',
+                level=logging.WARNING,
+            )
+            return
         if isinstance(self.down, FixedConv2d) and found < self.down.out_channels:
             print_log(
                 f'fixed_down=True: the first training batch shows {found} directions for the '
