@@ -31,7 +31,7 @@ def probe_outputs(
     Args:
         module: the backbone, unchanged afterwards.
         names: dotted names of submodules.
-        size: height and width of the image, in pixels. The image has 3 channels.
+        size: height and width of the image, in pixels.
 
     Returns:
         dict[str, object]: dotted name to output, for the submodules that ran.
@@ -62,7 +62,7 @@ def probe_layers(
     Args:
         module: the backbone, unchanged afterwards.
         names: dotted names of submodules.
-        size: height and width of the image, in pixels. The image has 3 channels.
+        size: height and width of the image, in pixels.
 
     Returns:
         dict: dotted name to the shapes of input and output, for the submodules that are called
@@ -101,7 +101,7 @@ def probe_reach(
     Args:
         module: the backbone, unchanged afterwards.
         names: dotted names of submodules that return a tensor.
-        size: height and width of the image, in pixels. The image has 3 channels.
+        size: height and width of the image, in pixels.
 
     Returns:
         set[str]: dotted names.
@@ -153,7 +153,7 @@ def run_on_ghost(
 
     Args:
         module: the backbone, unchanged afterwards.
-        size: height and width of the image, in pixels. The image has 3 channels.
+        size: height and width of the image, in pixels.
         watch: a context to run it in, such as a dispatch mode. There are no gradients unless it
             enables them.
 
@@ -170,16 +170,27 @@ def run_on_ghost(
     # On the CPU, whatever the device of the weights: fake CUDA tensors need a CUDA device.
     ghost = {name: fake.from_tensor(t.detach().to('meta')).to('cpu') for name, t in state}
     dtype = next((t.dtype for t in module.parameters() if t.is_floating_point()), None)
+    first = next((m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d)), 3)
+    watch = watch or contextlib.nullcontext()
+
+    def run(channels: int) -> object:
+        image = torch.empty(1, channels, *size, dtype=dtype)
+        return functional_call(module, ghost, (image,))
+
     try:
         for m in before:
             m.training = False
-        with fake, torch.no_grad(), watch or contextlib.nullcontext():
-            return functional_call(module, ghost, (torch.empty(1, 3, *size, dtype=dtype),))
-    except Exception as error:
-        raise ValueError(
-            f'{type(module).__name__} failed on a probe image of shape {(1, 3, *size)}, so the '
-            f'shapes of its stages cannot be found: {error}'
-        ) from error
+        with fake, torch.no_grad(), watch:
+            try:
+                return run(3)
+            except Exception as error:
+                with contextlib.suppress(Exception):
+                    if first != 3:  # Other images than of three channels, perhaps.
+                        return run(first)
+                raise ValueError(
+                    f'{type(module).__name__} failed on a probe image of shape {(1, 3, *size)}, '
+                    f'so the shapes of its stages cannot be found: {error}'
+                ) from error
     finally:
         for m, (attributes, contents) in before.items():
             m.__dict__.clear()
@@ -204,7 +215,7 @@ def probe_channels(
     Args:
         module: the backbone, unchanged afterwards.
         sites: where to look.
-        size: height and width of the image, in pixels. The image has 3 channels.
+        size: height and width of the image, in pixels.
 
     Returns:
         dict[str, int]: dotted name of a block to the channels C of its output.

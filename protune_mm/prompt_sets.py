@@ -22,6 +22,7 @@ from .files import whole_file
 from .frozen import check_tuned
 from .identity import KEY, Identity
 from .prompted import PromptedBlock, choice, sets_of
+from .sites import checkpointed
 from .tuned import backbones, heads, prompts
 
 _used: ContextVar[WeakKeyDictionary | None] = ContextVar('protune_mm_used_set', default=None)
@@ -69,6 +70,8 @@ class PromptSets:
         if self.backbone in sets_of:
             raise ValueError(f'{type(self.backbone).__name__} has prompt sets already')
         self._blocks = [m for m in self.backbone.modules() if isinstance(m, PromptedBlock)]
+        again = {m for block in checkpointed(self.backbone) for m in list(block.modules())[1:]}
+        self._recomputed = any(block in again for block in self._blocks)
         self._sets: dict[str, tuple[nn.Module, ...]] = {}
         self._sets[_checked(name)] = tuple(block.prompt for block in self._blocks)
         self.current: str | None = name
@@ -254,10 +257,22 @@ class PromptSets:
         return self
 
     def chosen(self) -> _One:
-        """The prompts of a forward pass that begins now."""
+        """The prompts of a forward pass that begins now.
+
+        Raises:
+            RuntimeError: they are not those that blocks with ``with_cp=True`` find in backward.
+        """
         used = _used.get()
         name = used[self.backbone] if used and self.backbone in used else self.current
-        return _One(self._chosen(name))
+        chosen = self._chosen(name)
+        other = any(prompt is not block.prompt for block, prompt in chosen.items())
+        if other and self._recomputed and torch.is_grad_enabled():
+            raise RuntimeError(
+                f'{type(self.backbone).__name__} has with_cp=True: its blocks are computed again '
+                f"in backward, with other prompts than those of '{name}'; switch('{name}') first, "
+                'use with_cp=False, or torch.no_grad()'
+            )
+        return _One(chosen)
 
     def _chosen(self, name: str | None) -> dict[nn.Module, nn.Module | None]:
         if name is STOCK:

@@ -199,6 +199,12 @@ def _layer_sites(
     for path, (given, returned) in shapes.items():
         layer, block = module.get_submodule(path), module.get_submodule(found[path])
         layout, extra = _layer_layout(module, family, block, layer, given)
+        if isinstance(layout, Tokens) and checkpointed(module):
+            raise ValueError(
+                f"prompt.type='{name}' beside '{path}': {type(module).__name__} has with_cp=True, "
+                'which computes blocks again in backward, where no grid of tokens is known: use '
+                'with_cp=False'
+            )
         axis = 1 if isinstance(layout, Maps) else -1
         height = {Maps: 2, LastMaps: 1}.get(type(layout))
         larger = height is not None and returned[height] > given[height]
@@ -272,6 +278,11 @@ def _norm_sites(module: nn.Module, paths: list[str], native: tuple, name: str) -
         for path in paths
         if path in reached
     ]
+
+
+def checkpointed(module: nn.Module) -> list[nn.Module]:
+    """The blocks that compute their activations again in backward."""
+    return [m for m in module.modules() if getattr(m, 'with_cp', False) is True]
 
 
 def _norm_layout(norm: nn.Module) -> NormOutput:

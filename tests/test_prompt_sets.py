@@ -250,6 +250,28 @@ def test_all_sets_are_in_the_mode_of_the_backbone():
     assert not any(p.training for p in prompts(backbone).values())
 
 
+@pytest.mark.filterwarnings('ignore:torch.utils.checkpoint. the use_reentrant')  # The libraries'.
+def test_blocks_that_are_computed_again_find_the_chosen_prompts():
+    library, family = EXAMPLES[0].values
+    backbone = moved(pair(library, family, prompt=dict(type='LoRA'), with_cp=True)[1], 1).train()
+    sets = protune_mm.PromptSets(backbone, 'a')
+    sets.add('b')
+    x = image().requires_grad_()
+    for wrong in ('b', None):
+        with (
+            sets.use(wrong),
+            pytest.raises(RuntimeError, match=r'with_cp=True.*other prompts than'),
+        ):
+            backbone(x)
+        with sets.use(wrong), torch.no_grad():
+            backbone(x)
+    sets.switch('b')
+    sum(o.square().mean() for o in flat(backbone(x))).backward()
+    grads = {name: [p.up.weight.grad is not None for p in sets[name]] for name in ('a', 'b')}
+    assert all(grads['b'])
+    assert not any(grads['a'])
+
+
 def test_bad_input_is_one_clear_error(tmp_path):
     backbone = resnet()
     sets = protune_mm.PromptSets(backbone, 'a')

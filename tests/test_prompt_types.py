@@ -239,6 +239,22 @@ def test_layers_that_compute_their_weight_are_left_out():
     assert LoRA.layers(Net()) == ['block.2']
 
 
+def test_a_checkpointed_transformer_knows_no_grid_in_backward():
+    config = dict(type='protune_mm.ProTuned', base='mmseg.MixVisionTransformer', with_cp=True,
+                  embed_dims=8, num_heads=[1, 1, 2, 2])  # fmt: skip
+    with pytest.raises(ValueError, match='with_cp=True, which computes blocks again in backward'):
+        MODELS.build(dict(config, prompt=dict(type='Adapter')))
+
+
+@pytest.mark.parametrize('channels', [1, 4])
+@pytest.mark.parametrize('kind', ['LoRA', 'Adapter', 'ProTuningBlock'])
+def test_images_of_other_than_three_channels(kind, channels):
+    config = dict(type='protune_mm.ProTuned', base='mmdet.ResNet', depth=18, in_channels=channels)
+    tuned = MODELS.build(dict(config, prompt=prompt_config(kind)))
+    sum(o.mean() for o in tuned(torch.randn(2, channels, 32, 32))).backward()
+    assert all(p.grad is not None for p in protune_mm.tuned_parameters(tuned).values())
+
+
 def test_what_is_no_change_of_weights_is_not_merged():
     library, family = EXAMPLES[0].values
     tuned = pair(library, family)[1]
