@@ -138,6 +138,9 @@ class PromptWarmup(LinearLR):
 
         param_scheduler = [dict(type='protune_mm.PromptWarmup', end=1000), *stock_schedulers]
 
+    Not beside schedulers that add to a rate or set it anew, which :data:`NOT_FACTORS` names: our
+    runner refuses them.
+
     Args:
         optimizer: optimizer or its wrapper, built by :class:`ProTuneOptimWrapperConstructor`.
         end: when prompts reach their full rate, in steps (epochs where ``by_epoch``).
@@ -179,6 +182,31 @@ class PromptWarmup(LinearLR):
             values[i] if i in self.prompts else group[self.param_name]
             for i, group in enumerate(self.optimizer.param_groups)
         ]
+
+
+NOT_FACTORS = ('QuadraticWarmup', 'OneCycle', 'CosineRestart')
+"""How schedulers are named that add to a rate or set it anew, where others multiply it."""
+
+
+def check_warmup(schedulers: object) -> None:
+    """Refuse a :class:`PromptWarmup` beside schedulers that leave nothing, or too much, of it.
+
+    Args:
+        schedulers: built ones, in a list, or in lists by optimizer.
+
+    Raises:
+        ValueError: there is one.
+    """
+    found = schedulers.values() if isinstance(schedulers, dict) else [schedulers]
+    for group in found:
+        warm = any(isinstance(scheduler, PromptWarmup) for scheduler in group)
+        for scheduler in group:
+            kind = type(scheduler).__name__
+            if warm and any(name in kind for name in NOT_FACTORS):
+                raise ValueError(
+                    f'PromptWarmup multiplies rates, which {kind} adds to or sets anew: use '
+                    'LinearLR and CosineAnnealingLR beside it, say'
+                )
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from .checkpoints import FillBaseHook, TunedCheckpointHook, note_origin
 from .config import is_protuned, resolve
 from .files import SafeCheckpointHook, last_good_checkpoint, whole_file
 from .hooks import FiniteLossHook, FrozenGuardHook
-from .optim import wrap_constructor
+from .optim import check_warmup, wrap_constructor
 from .registry import RUNNERS
 from .resume import ExactResumeHook, PreemptionHook, unsignalled
 from .show import TuningReportHook
@@ -176,6 +176,12 @@ class ProTuneRunner(CarefulRunner, Runner):
         if described and backbones(self.model):
             optim_wrapper = wrap_constructor(optim_wrapper)
         return super().build_optim_wrapper(optim_wrapper)
+
+    def build_param_scheduler(self, scheduler: Any) -> Any:
+        """Build the schedules, of which a warm-up of prompts allows those that multiply only."""
+        built = super().build_param_scheduler(scheduler)
+        check_warmup(built)
+        return built
 
     def train(self) -> nn.Module:
         """Train; ``activation_checkpointing`` of the config is done without reentrant autograd.

@@ -6,7 +6,7 @@ from mmengine.optim import CosineAnnealingLR, LinearLR, build_optim_wrapper
 from mmengine.registry import MODELS, PARAM_SCHEDULERS
 from torch import nn
 
-from protune_mm.optim import PromptWarmup, wrap_constructor
+from protune_mm.optim import PromptWarmup, check_warmup, wrap_constructor
 
 
 class Model(nn.Module):
@@ -122,3 +122,25 @@ def test_an_optimizer_without_prompts_is_an_error():
 def test_a_factor_out_of_range_is_an_error(factor):
     with pytest.raises(ValueError, match=f'start_factor={factor}: use a factor above 0'):
         PromptWarmup(optimizer_of(Model()), end=5, start_factor=factor)
+
+
+@pytest.mark.parametrize(
+    'other',
+    [
+        dict(type='mmdet.QuadraticWarmupLR', by_epoch=False, begin=0, end=5),
+        dict(type='OneCycleLR', by_epoch=False, eta_max=1.0, total_steps=9),
+        dict(type='CosineRestartLR', by_epoch=False, periods=[9], eta_min=0.1),
+    ],
+)
+def test_schedulers_that_do_not_multiply_are_refused(other):
+    optimizer = optimizer_of(Model())
+    built = [
+        warmup(optimizer),
+        PARAM_SCHEDULERS.build(other, default_args=dict(optimizer=optimizer)),
+    ]
+    with pytest.raises(ValueError, match=r'PromptWarmup multiplies rates, which \w+LR adds to'):
+        check_warmup(built)
+    with pytest.raises(ValueError, match='PromptWarmup'):
+        check_warmup(dict(one=built))
+    check_warmup(built[1:])
+    check_warmup([built[0], *stock(optimizer)])
