@@ -199,6 +199,13 @@ def _layer_sites(
     for path, (given, returned) in shapes.items():
         layer, block = module.get_submodule(path), module.get_submodule(found[path])
         layout, extra = _layer_layout(module, family, block, layer, given)
+        if len(given) == 4 and isinstance(layout, Tokens | Unknown):
+            # A block of tokens may have maps inside, and of timm's nobody has told.
+            kinds = (type(m) for m in layer.modules() if isinstance(m, nn.Linear | nn.Conv2d))
+            last = issubclass(next(kinds, nn.Conv2d), nn.Linear)
+            layout, extra = LastMaps() if last else Maps(), 0
+        elif isinstance(layout, Unknown) and kind.pointwise:
+            layout, extra = Rows(), 0
         if isinstance(layout, Tokens) and checkpointed(module):
             raise ValueError(
                 f"prompt.type='{name}' beside '{path}': {type(module).__name__} has with_cp=True, "
@@ -227,7 +234,10 @@ def _layer_sites(
             if layer.padding_mode != 'zeros':
                 geometry['padding_mode'] = layer.padding_mode
         elif height is not None:
-            geometry['stride'] = -(-given[height] // returned[height])
+            stride = geometry['stride'] = -(-given[height] // returned[height])
+            if -(-given[height] // stride) != returned[height]:  # As unpadded layers make of 35 17.
+                without.append(f'{path} (its map is no whole part of what it reads)')
+                continue
         sites.append(
             Site(
                 name=path,

@@ -255,6 +255,21 @@ def test_images_of_other_than_three_channels(kind, channels):
     assert all(p.grad is not None for p in protune_mm.tuned_parameters(tuned).values())
 
 
+@pytest.mark.parametrize(
+    ('config', 'size'),
+    [
+        # Maps inside blocks that take tokens; blocks without padding, which make 17 pixels of 35.
+        (dict(base='mmseg.MSCAN', embed_dims=[8, 16, 24, 32], depths=[1] * 4), 64),
+        (dict(base='mmpretrain.InceptionV3', aux_logits=False), 299),
+    ],
+)
+def test_adapters_where_blocks_are_special(config, size):
+    tuned = MODELS.build(dict(config, type='protune_mm.ProTuned', prompt=dict(type='Adapter')))
+    outs = flat(tuned.eval()(image(1, size, size)))
+    sum(o.square().mean() for o in outs).backward()
+    assert all(p.up.weight.grad is not None for p in prompts(tuned).values())
+
+
 def test_what_is_no_change_of_weights_is_not_merged():
     library, family = EXAMPLES[0].values
     tuned = pair(library, family)[1]

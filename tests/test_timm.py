@@ -5,7 +5,7 @@ import torch
 from mmengine.registry import MODELS
 
 import protune_mm
-from protune_mm.tuned import frozen_tensors
+from protune_mm.tuned import frozen_tensors, prompts
 from tests.conftest import flat, move_prompts
 
 pytest.importorskip('timm', reason='timm is not installed: requirements/tests.txt has it')
@@ -120,3 +120,12 @@ def test_layers_that_are_special_merge_or_are_left_out(kind):
         expected = flat(tuned(x))
         for a, b in zip(expected, flat(protune_mm.merge(tuned)(x)), strict=True):
             assert (a - b).abs().max() <= 1e-4 * a.abs().max()  # float32
+
+
+@pytest.mark.parametrize('name', ['resnet10t', 'convnext_atto', 'swin_tiny_patch4_window7_224'])
+def test_adapters_read_the_channels_of_what_they_are_beside(name):
+    more, size, _ = CASES[name]
+    tuned = protune_mm.protune(wrapped(name, **more), prompt=dict(type='Adapter')).train()
+    outs = flat(tuned(torch.randn(1, 3, *size)))
+    sum(o.square().mean() for o in outs).backward()
+    assert all(p.up.weight.grad is not None for p in prompts(tuned).values())

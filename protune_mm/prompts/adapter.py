@@ -31,6 +31,7 @@ class Adapter(Prompt):
     """
 
     where = 'layers'
+    pointwise = True
 
     def __init__(
         self,

@@ -19,11 +19,13 @@ class Prompt(BaseModule):
             ``'layers'``: beside layers inside every block; its output is added to the layer's.
         reads: of a type beside layers: ``'input'`` or ``'output'`` of the layer.
         mergeable: what it computes is a change of that layer's weights.
+        pointwise: each pixel or token stands for itself, so that no grid of them is needed.
     """
 
     where = 'stages'
     reads = 'input'
     mergeable = False
+    pointwise = False
 
     @classmethod
     def layers(cls, block: nn.Module, **options: object) -> list[str]:
