@@ -122,6 +122,8 @@ def last_good_checkpoint(folder: str) -> str | None:
     pointer = Path(folder, 'last_checkpoint')
     told = pointer.read_text().strip() if pointer.is_file() else ''
     elsewhere = '://' in told
+    if told and not elsewhere and Path(folder, Path(told).name).is_file():
+        told = str(Path(folder, Path(told).name))  # Of a copied folder the note names another one.
     if elsewhere:
         found = {path for path in found if path.name.startswith(PREEMPTED.partition('{')[0])}
     elif told:

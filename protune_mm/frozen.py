@@ -320,7 +320,8 @@ def _after_load(module: nn.Module, incompatible: Any) -> None:
     if told is not None:
         if module.protune_fingerprint() != told.fingerprint:
             raise RuntimeError(wrong_base(module, told))
-        module._protune.origin = module._protune.origin or told.origin
+        if told.origin.get('mixture') or not module._protune.origin:
+            module._protune.origin = told.origin
         frozen = {f'{loads.prefix}{name}' for name, _ in frozen_tensors(module)}
         keep = [key for key in incompatible.missing_keys if key not in frozen]
         incompatible.missing_keys[:] = keep

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -199,10 +200,12 @@ def check_warmup(schedulers: object) -> None:
     """
     found = schedulers.values() if isinstance(schedulers, dict) else [schedulers]
     for group in found:
-        warm = any(isinstance(scheduler, PromptWarmup) for scheduler in group)
-        for scheduler in group:
+        for warm, scheduler in itertools.product(group, group):
+            if not isinstance(warm, PromptWarmup) or scheduler.param_name != warm.param_name:
+                continue
             kind = type(scheduler).__name__
-            if warm and any(name in kind for name in NOT_FACTORS):
+            after = scheduler.by_epoch == warm.by_epoch and scheduler.begin >= warm.end
+            if any(name in kind for name in NOT_FACTORS) and not after:
                 raise ValueError(
                     f'PromptWarmup multiplies rates, which {kind} adds to or sets anew: use '
                     'LinearLR and CosineAnnealingLR beside it, say'

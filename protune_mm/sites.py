@@ -206,7 +206,8 @@ def _layer_sites(
             layout, extra = LastMaps() if last else Maps(), 0
         elif isinstance(layout, Unknown) and kind.pointwise:
             layout, extra = Rows(), 0
-        if isinstance(layout, Tokens) and checkpointed(module):
+        asks = type(layout) is Tokens and not layout.grid_argument
+        if asks and checkpointed(module):
             raise ValueError(
                 f"prompt.type='{name}' beside '{path}': {type(module).__name__} has with_cp=True, "
                 'which computes blocks again in backward, where no grid of tokens is known: use '
@@ -291,8 +292,9 @@ def _norm_sites(module: nn.Module, paths: list[str], native: tuple, name: str) -
 
 
 def checkpointed(module: nn.Module) -> list[nn.Module]:
-    """The blocks that compute their activations again in backward."""
-    return [m for m in module.modules() if getattr(m, 'with_cp', False) is True]
+    """The blocks that compute their activations again in backward, not what hands the flag on."""
+    asked = [m for m in module.modules() if getattr(m, 'with_cp', False) is True]
+    return [m for m in asked if not any(each in asked for each in list(m.modules())[1:])]
 
 
 def _norm_layout(norm: nn.Module) -> NormOutput:

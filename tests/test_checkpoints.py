@@ -301,6 +301,9 @@ def test_weights_of_which_a_part_came_from_no_file_stay_in_the_file(base, tmp_pa
         other.load_state_dict(tuned)
         assert same(other, outputs)
         tuned = tuned_state_dict(other)  # Loaded from one file, it still is of no other.
+    other._protune.origin = dict(checkpoint='detector.pth', prefix='backbone.', model=True)
+    other.load_state_dict(tuned)
+    assert 'layer4.1.conv1.weight' in tuned_state_dict(other)
 
 
 def test_a_detector_checkpoint_that_lacks_a_part_is_not_the_base(base, tmp_path):

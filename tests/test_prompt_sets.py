@@ -267,6 +267,13 @@ def test_blocks_that_are_computed_again_find_the_chosen_prompts():
             backbone(x)
     sets.switch('b')
     sum(o.square().mean() for o in flat(backbone(x))).backward()
+    # Prompts after blocks are outside of what is computed again.
+    after = moved(pair(library, family, with_cp=True)[1], 1).train()
+    others = protune_mm.PromptSets(after, 'a')
+    others.add('b')
+    with others.use('b'):
+        sum(o.square().mean() for o in flat(after(x))).backward()
+    assert all(p.up.weight.grad is not None for p in others['b'])
     grads = {name: [p.up.weight.grad is not None for p in sets[name]] for name in ('a', 'b')}
     assert all(grads['b'])
     assert not any(grads['a'])

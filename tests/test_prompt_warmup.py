@@ -143,4 +143,7 @@ def test_schedulers_that_do_not_multiply_are_refused(other):
     with pytest.raises(ValueError, match='PromptWarmup'):
         check_warmup(dict(one=built))
     check_warmup(built[1:])
+    later = {**other, 'begin': 11, 'end': 16}
+    later = PARAM_SCHEDULERS.build(later, default_args=dict(optimizer=optimizer))
+    check_warmup([built[0], later])
     check_warmup([built[0], *stock(optimizer)])

@@ -285,8 +285,9 @@ def test_which_checkpoint_is_the_last(tmp_path):
 
     # A copied folder: the times tell nothing.
     write('epoch_12.pth', 'epoch_2.pth', 'epoch_10.pth')
-    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'epoch_12.pth'))
-    assert last() == 'epoch_12.pth'
+    for noted in (tmp_path, tmp_path.parent / 'elsewhere'):
+        (tmp_path / 'last_checkpoint').write_text(str(noted / 'epoch_12.pth'))
+        assert last() == 'epoch_12.pth'
     # A crash came before the note; a training that began anew in the folder of another.
     write('epoch_12.pth', 'epoch_13.pth')
     assert last() == 'epoch_13.pth'

@@ -1,5 +1,8 @@
 """Few labels and long tails: fixed by the seed, nested, and no class is lost unseen."""
 
+import copy
+import pickle
+
 import cv2
 import numpy as np
 import pytest
@@ -100,6 +103,10 @@ def test_segmentation_draws_images_that_have_every_class(masks):
     assert len(FewLabels(data, 0.5, seeds[True][0])) == 10
 
 
+def without_odd(info):
+    return None if info['number'] % 2 else info
+
+
 @DATASETS.register_module()
 class Numbers(BaseDataset):
     """Forty images of two classes, of which a step of the pipeline may lose every second."""
@@ -108,8 +115,7 @@ class Numbers(BaseDataset):
 
     def __init__(self, start=0, lost=False, **more):
         self.start = start
-        step = (lambda info: None if info['number'] % 2 else info) if lost else dict
-        super().__init__(pipeline=[step], **more)
+        super().__init__(pipeline=[without_odd if lost else dict], **more)
 
     def load_data_list(self):
         return [dict(number=self.start + i, gt_label=i // 2 % 2) for i in range(40)]
@@ -138,6 +144,12 @@ def test_an_image_that_is_lost_gives_way_to_one_of_the_part(part):
     even = {number for number in in_part(part) if not number % 2}
     assert even < in_part(part)
     assert numbers(part, times=20) == even
+
+
+def test_a_copy_for_another_process_is_a_part_too():
+    part = FewLabels(ConcatDataset([Numbers(lost=True), Numbers(40, lost=True)]), 0.2)
+    for copied in (copy.deepcopy(part), pickle.loads(pickle.dumps(part))):
+        assert numbers(copied, times=5) <= in_part(part)
 
 
 def test_parts_of_one_data_set_keep_to_themselves():

@@ -84,7 +84,11 @@ def run(config: str, policy: str, args: argparse.Namespace) -> dict:
     curve = validation_curve(work, metric)
     # Which one that is the hook knows: of a loss the least is the best.
     found = work.glob(f'best_{metric.replace("/", "_")}_epoch_*.pth')
-    checkpoint = max(found, key=lambda path: path.stat().st_mtime)
+    checkpoint = max(found, key=lambda path: path.stat().st_mtime, default=None)
+    if checkpoint is None:
+        sys.exit(
+            f'{work} has no best checkpoint by {metric}: is it among the scores of validation?'
+        )
     best = int(checkpoint.stem.rpartition('_')[2])
     scores = work / 'test.json'
     test = [config, str(checkpoint), '--policy', policy, '--work-dir', str(work)]

@@ -50,10 +50,12 @@ class Subset:
         labels = [image_labels(self.dataset.get_data_info(i)) for i in range(len(self.dataset))]
         self.indices = self.choose(labels)
         self._check_masks()
-        self._shown: dict[int, list[int]] = {}
+        found: dict[int, tuple[object, list[int]]] = {}
         for index in self.indices:
             innermost, own = located(self.dataset, index)
-            self._shown.setdefault(id(innermost), []).append(own)
+            found.setdefault(id(innermost), (innermost, []))[1].append(own)
+        # Copies in other processes have other ids, so the data sets themselves are kept.
+        self._shown = list(found.values())
         self._fully_initialized = True
 
     def _check_wrappers(self, dataset: object) -> None:
@@ -117,7 +119,7 @@ class Subset:
         innermost, _ = located(self.dataset, self.indices[index])
         if '_rand_another' in vars(innermost):
             return self.dataset[self.indices[index]]
-        shown = self._shown[id(innermost)]
+        shown = next(own for each, own in self._shown if each is innermost)
         innermost._rand_another = lambda: shown[np.random.randint(len(shown))]
         try:
             return self.dataset[self.indices[index]]

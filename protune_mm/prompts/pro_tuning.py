@@ -198,21 +198,20 @@ class ProTuningBlock(BaseModule):
         the frozen features, instead of random ones: the projection that principal component
         analysis gives is the one that keeps most of their inner products. EVA, arXiv 2410.07170,
         starts LoRA's first matrix in this way. Of several processes all start as the first one
-        does. A prompt whose last convolution is not zero was trained already, and stays as it is;
-        where all pixels are the same, or one is no number, it waits for the next batch.
+        does. A prompt whose last convolution has a weight that is not zero was trained already, and
+        stays as it is; where all pixels of the first process are the same, or one is no number, it
+        waits for the next batch.
 
         Args:
             x: (B, C, H, W), what the block reads; at most 2048 pixels of it are looked at.
         """
         self.waits = False
-        if self.up.weight.any() or self.up.bias.any():
+        if self.up.weight.any():
             return
-        with torch.autocast(x.device.type, enabled=False):
-            found = self._project_on_principal(some_pixels(x.detach()))
-        of_first = torch.tensor(found, device=x.device)
-        broadcast(of_first)
-        found = int(of_first)
-        if not found:
+        pixels = some_pixels(x.detach())
+        shows = differ(pixels).to(torch.uint8)
+        broadcast(shows)
+        if not shows:
             self.waits = True
             print_log(
                 'a prompt cannot start from this batch, in which all pixels are the same or one is '
@@ -221,6 +220,8 @@ class ProTuningBlock(BaseModule):
                 level=logging.WARNING,
             )
             return
+        with torch.autocast(x.device.type, enabled=False):
+            found = self._project_on_principal(pixels)
         if isinstance(self.down, FixedConv2d) and found < self.down.out_channels:
             print_log(
                 f'fixed_down=True: the first training batch shows {found} directions for the '
@@ -236,8 +237,8 @@ class ProTuningBlock(BaseModule):
         """Start from pixels (N, C), of which some differ; return how many directions they show."""
         count = len(pixels)
         mean = pixels.mean(0)
-        if not torch.isfinite(mean).all() or torch.equal(pixels, mean.expand_as(pixels)):
-            return 0  # Nothing differs: the random start is as good.
+        if not differ(pixels):
+            return 0
         _, sizes, directions = torch.linalg.svd(pixels - mean, full_matrices=False)
         hidden = self.down.out_channels
         found = min(hidden, int((sizes > 1e-4 * sizes[0]).sum()))
@@ -269,6 +270,11 @@ class ProTuningBlock(BaseModule):
             out = conv(active)
             saved.let_go(active)
         return out
+
+
+def differ(pixels: Tensor) -> Tensor:
+    """Whether pixels (N, C) are numbers of which some differ."""
+    return pixels.isfinite().all() & (pixels != pixels[:1]).any()
 
 
 def some_pixels(x: Tensor, most: int = 2048) -> Tensor:

@@ -10,7 +10,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from unittest import mock
 
 import torch
@@ -216,6 +216,16 @@ def check_apart(cfg: Config) -> None:
             seen[split] = found
 
 
+def pipelines(dataset: dict) -> Iterator[list[dict]]:
+    """Those of a data set's config, within its wrappers."""
+    if 'pipeline' in dataset:
+        yield dataset['pipeline']
+        return
+    for inner in dataset.get('datasets') or [dataset.get('dataset')]:
+        if inner:
+            yield from pipelines(inner)
+
+
 def check_evaluators(cfg: Config, every: int) -> None:
     """Refuse COCO's metric without an annotation file where no step gives it the boxes.
 
@@ -227,18 +237,15 @@ def check_evaluators(cfg: Config, every: int) -> None:
         ValueError: the metric would fail after the training.
     """
     for split in ('val', 'test'):
-        dataset = cfg[f'{split}_dataloader'].dataset
-        while 'pipeline' not in dataset and 'dataset' in dataset:
-            dataset = dataset['dataset']
-        kept = [
-            key
-            for step in dataset.get('pipeline', ())
-            for key in step.get('meta_keys', ())
+        told = all(
+            'instances' in step.get('meta_keys', ())
+            for pipeline in pipelines(cfg[f'{split}_dataloader'].dataset)
+            for step in pipeline
             if type_name(step) == 'PackDetInputs'
-        ]
+        )
         for evaluator in evaluators_of(cfg, split):
             alone = not evaluator.get('ann_file') or (split == 'test' and every > 1)
-            if type_name(evaluator) == 'CocoMetric' and alone and 'instances' not in kept:
+            if type_name(evaluator) == 'CocoMetric' and alone and not told:
                 raise ValueError(
                     f'the {split} split is a part of the images, so CocoMetric takes the boxes '
                     f"from them: add LoadAnnotations to its pipeline, and 'instances' to the "
