@@ -127,7 +127,7 @@ tasks = {
     'fruit': dict(
         fruit,
         fractions=[1.0, 0.25],
-        lrs=[1e-3, 2e-3, 4e-3],
+        lrs=[5e-4, 1e-3, 2e-3, 4e-3],
         cfg_options={**fruit['cfg_options'], 'optim_wrapper.clip_grad.max_norm': 1.0},
     ),
     'flowers5-vit': dict(
