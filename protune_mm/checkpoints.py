@@ -48,8 +48,17 @@ def is_mixture(backbone: nn.Module) -> bool:
     Plugins that no ImageNet checkpoint has, say: nobody could fetch all of them again.
     """
     loads, origin = backbone._protune.loads, backbone._protune.origin
-    lacking = bool(loads.names) and loads.problem(backbone, dict(frozen_tensors(backbone)))
+    lacking = bool(loads.names) and loads.problem(backbone, _frozen_parameters(backbone))
     return bool(lacking or origin.get('mixture'))
+
+
+def _frozen_parameters(backbone: nn.Module) -> dict[str, Tensor]:
+    """What may start at random: buffers start at a value of their own."""
+    return {
+        name: tensor
+        for name, tensor in frozen_tensors(backbone)
+        if isinstance(tensor, nn.Parameter)
+    }
 
 
 def below(name: str) -> str:
@@ -265,7 +274,7 @@ def note_origin(model: nn.Module, checkpoint: dict, address: str) -> None:
         if known:
             origin = dict(checkpoint=whole_address(address), prefix=prefix, model=True)
             of_it = LoadRecord(given=False, names=known, misshapen=loads.misshapen)
-            if of_it.problem(backbone, frozen):
+            if of_it.problem(backbone, _frozen_parameters(backbone)):
                 # With what was there before, from another file or at random, it is of no one file.
                 origin['mixture'] = True
             backbone._protune.origin = origin

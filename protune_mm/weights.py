@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+COMPUTED = ('relative_coords_table',)
+"""Buffers that stock loading leaves out: MMPretrain's SwinTransformerV2 makes them anew."""
+
 
 @dataclass
 class LoadRecord:
@@ -51,7 +54,8 @@ class LoadRecord:
     def problem(self, backbone: nn.Module, tensors: dict[str, Tensor]) -> str | None:
         """One line about missing weights, or None where all is well.
 
-        Integer tensors (counters, index tables) and the affine parameters of output norms, that
+        Integer tensors (counters, index tables), tables that a backbone computes and does not load,
+        and the affine parameters of output norms, that
         is of layer and group norms right below the backbone, are exempt: where a checkpoint lacks
         them, as ImageNet checkpoints lack those of Swin, their fixed start is what a user expects.
 
@@ -70,6 +74,7 @@ class LoadRecord:
             name
             for name, tensor in tensors.items()
             if tensor.is_floating_point()
+            and name.rpartition('.')[2] not in COMPUTED
             and name not in self.names
             and (name.rpartition('.')[0] not in norms or name in self.misshapen)
         ]

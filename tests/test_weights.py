@@ -9,7 +9,7 @@ from mmengine.registry import MODELS
 from mmengine.runner import load_checkpoint
 
 from protune_mm.tuned import prompts
-from tests.conftest import EXAMPLES, build_protuned, build_stock, image
+from tests.conftest import EVERY, EXAMPLES, build_protuned, build_stock, image
 
 
 def warnings_of(log):
@@ -121,6 +121,18 @@ def test_output_norms_that_no_imagenet_checkpoint_has_are_no_problem(tmp_path, l
     tuned.load_state_dict(state, strict=False)
     tuned(image())
     assert warnings_of(log) == []
+
+
+def test_tables_that_a_backbone_computes_are_no_problem(log):
+    for parameter in EVERY:
+        library, family = parameter.values
+        if (library, family.name) == ('mmpretrain', 'SwinTransformerV2'):
+            stock = build_stock(library, family)
+            tuned = build_protuned(library, family, require_weights=True)
+            tuned.load_state_dict(stock.state_dict(), strict=False)
+            tuned(image(1, 64, 64))
+            return
+    raise AssertionError('it is gone')
 
 
 def test_missing_batch_statistics_are_a_problem(log):
