@@ -473,7 +473,8 @@ def test_the_tool_on_a_classifier(trained_cls, tmp_path):
 
 def test_the_tool_on_a_detector_and_a_segmentor(trained, trained_seg, shapes, tmp_path):
     work, _ = trained
-    detector = [SHAPES, work / 'epoch_1.pth', '--metric', 'coco/bbox_mAP']
+    checkpoint = max(work.glob('epoch_*.pth'))  # Another test may have gone on.
+    detector = [SHAPES, checkpoint, '--metric', 'coco/bbox_mAP']
     options = ['--cfg-options', *QUICK, *data(shapes)]
     few = ['--corruptions', 'fog', '--severities', '1', '--work-dir', tmp_path]
     done = run_tool('tools/test_robustness.py', *detector, *few, *options)
