@@ -133,15 +133,21 @@ def draw_predictions(cfg: Config, args: argparse.Namespace) -> None:
 
 def is_careful(cfg: Config) -> bool:
     """Whether the runner of a config is one of ours, which knows ``first_load_from``."""
-    kind = cfg.get('runner_type', 'protune_mm.ProTuneRunner' if is_protuned(cfg) else Runner)
+    name_runner(cfg)
+    kind = cfg.get('runner_type', Runner)
     kind = RUNNERS.get(kind) if isinstance(kind, str) else kind
     return isinstance(kind, type) and issubclass(kind, CarefulRunner)
 
 
-def build_runner(cfg: Config) -> Runner:
-    """Build the runner a config asks for, and ours where it asks for none and is Pro-tuned."""
+def name_runner(cfg: Config) -> None:
+    """Name our runner in a config that names none and is Pro-tuned."""
     if 'runner_type' not in cfg and is_protuned(cfg):
         cfg.runner_type = 'protune_mm.ProTuneRunner'
+
+
+def build_runner(cfg: Config) -> Runner:
+    """Build the runner a config asks for, and ours where it asks for none and is Pro-tuned."""
+    name_runner(cfg)
     return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from .features import Inside, Item, LastMaps, Layout, Maps, Site, Tokens, TokensOfGrid
 from .norms import NORMS
-from .probe import PROBE_SIZE, probe_layers
+from .probe import PROBE_SIZE, probe_layers, with_checkpoints
 from .prompt_config import refuse_after_stages
 from .prompts.base import feedforward
 from .stages import Family, Stage
@@ -26,13 +26,13 @@ def inside_sites(
     """
     refuse_after_stages(options.prompt, ' is for prompts after stages, not inside')
     kind = type(module).__name__
+    if with_checkpoints(module):
+        # What is computed again there knows neither the grid of tokens nor the chosen prompts.
+        raise ValueError(
+            f"stages='inside': {kind} has with_cp=True, which computes blocks again in "
+            "backward: use with_cp=False, or 'blocks'"
+        )
     for layer in module.modules():
-        if getattr(layer, 'with_cp', False) is True:
-            # What is computed again there knows neither the grid of tokens nor the chosen prompts.
-            raise ValueError(
-                f"stages='inside': {kind} has with_cp=True, which computes blocks again in "
-                "backward: use with_cp=False, or 'blocks'"
-            )
         if hasattr(layer, 'switch_to_deploy'):
             raise ValueError(
                 f"stages='inside': the branches of {kind} become one layer when it is deployed, "

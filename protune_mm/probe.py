@@ -124,7 +124,7 @@ def probe_reach(
         for name in names
     ]
     # What is computed again in backward has no gradients of single tensors.
-    again = [m for m in module.modules() if getattr(m, 'with_cp', False) is True]
+    again = with_checkpoints(module)
     try:
         for m in again:
             m.with_cp = False
@@ -142,6 +142,11 @@ def probe_reach(
         return set()
     grads = torch.autograd.grad(total, [zero for _, zero in added], allow_unused=True)
     return {name for (name, _), grad in zip(added, grads, strict=True) if grad is not None}
+
+
+def with_checkpoints(module: nn.Module) -> list[nn.Module]:
+    """Modules with ``with_cp=True``: blocks that compute again in backward, and what holds them."""
+    return [m for m in module.modules() if getattr(m, 'with_cp', False) is True]
 
 
 def run_on_ghost(

@@ -21,8 +21,8 @@ from .checkpoints import identities
 from .files import whole_file
 from .frozen import check_tuned
 from .identity import KEY, Identity
+from .probe import with_checkpoints
 from .prompted import PromptedBlock, choice, sets_of
-from .sites import checkpointed
 from .tuned import backbones, heads, prompts
 
 _used: ContextVar[WeakKeyDictionary | None] = ContextVar('protune_mm_used_set', default=None)
@@ -70,7 +70,10 @@ class PromptSets:
         if self.backbone in sets_of:
             raise ValueError(f'{type(self.backbone).__name__} has prompt sets already')
         self._blocks = [m for m in self.backbone.modules() if isinstance(m, PromptedBlock)]
-        again = {m for block in checkpointed(self.backbone) for m in list(block.modules())[1:]}
+        asked = with_checkpoints(self.backbone)
+        inside = [list(module.modules())[1:] for module in asked]
+        # What only hands the flag on has others with it inside, and computes nothing again.
+        again = {m for parts in inside if not any(each in asked for each in parts) for m in parts}
         self._recomputed = any(block in again for block in self._blocks)
         self._sets: dict[str, tuple[nn.Module, ...]] = {}
         self._sets[_checked(name)] = tuple(block.prompt for block in self._blocks)

@@ -25,7 +25,7 @@ from .features import (
     Unknown,
 )
 from .inside import inside_sites
-from .probe import PROBE_SIZE, probe_channels, probe_layers, probe_reach
+from .probe import PROBE_SIZE, probe_channels, probe_layers, probe_reach, with_checkpoints
 from .prompt_config import AFFINE, own_options, prompt_class, prompt_config, refuse_after_stages
 from .prompted import PromptedBlock
 from .prompts.scale_shift import ScaleShift
@@ -207,7 +207,7 @@ def _layer_sites(
         elif isinstance(layout, Unknown) and kind.pointwise:
             layout, extra = Rows(), 0
         asks = type(layout) is Tokens and not layout.grid_argument
-        if asks and checkpointed(module):
+        if asks and with_checkpoints(module):
             raise ValueError(
                 f"prompt.type='{name}' beside '{path}': {type(module).__name__} has with_cp=True, "
                 'which computes blocks again in backward, where no grid of tokens is known: use '
@@ -289,12 +289,6 @@ def _norm_sites(module: nn.Module, paths: list[str], native: tuple, name: str) -
         for path in paths
         if path in reached
     ]
-
-
-def checkpointed(module: nn.Module) -> list[nn.Module]:
-    """The blocks that compute their activations again in backward, not what hands the flag on."""
-    asked = [m for m in module.modules() if getattr(m, 'with_cp', False) is True]
-    return [m for m in asked if not any(each in asked for each in list(m.modules())[1:])]
 
 
 def _norm_layout(norm: nn.Module) -> NormOutput:

@@ -43,6 +43,18 @@ def shows_part(dataset: dict) -> bool:
     )
 
 
+def count_shown(evaluators: list[dict], dataset: dict) -> None:
+    """Let no metric read an annotation file of more images: those left out count as missed there.
+
+    Args:
+        evaluators: changed in place.
+        dataset: config of the data set that they score.
+    """
+    for evaluator in evaluators:
+        if evaluator.get('ann_file') and shows_part(dataset):
+            evaluator['ann_file'] = None
+
+
 def config_of(study: Study, run: Run, work: str) -> Config:
     """The config of one run."""
     task = study.tasks[run.task]
@@ -92,9 +104,7 @@ def config_of(study: Study, run: Run, work: str) -> Config:
             val.dataset = dict(type='mmengine.ConcatDataset', datasets=[val.dataset, rest])
         holder.dataset = dict(few, dataset=holder.dataset)
     for split in ('val', 'test'):
-        for evaluator in evaluators_of(cfg, split):
-            if evaluator.get('ann_file') and shows_part(cfg[f'{split}_dataloader'].dataset):
-                evaluator['ann_file'] = None  # Else the images left out count as missed.
+        count_shown(evaluators_of(cfg, split), cfg[f'{split}_dataloader'].dataset)
     if 'long_tail' in task:
         shots = dict(type='protune_mm.ShotAccuracy', dataset=loader.dataset)
         for split in ('val', 'test'):

@@ -21,7 +21,7 @@ from protune_mm.robustness import (
     summary,
 )
 
-from .run_config import evaluators_of
+from .run_config import count_shown, evaluators_of
 from .runs import Run
 
 
@@ -49,9 +49,7 @@ def scenario_scores(runner: Runner, cfg: Config, task: dict, run: Run) -> dict[s
         if not isinstance(chosen, (list, tuple)):  # A number stands for the first so many.
             chosen = range(len(runner.test_dataloader.dataset))
         plain.dataset.indices = list(chosen)[::every]
-        for metric in evaluator:
-            if metric.get('ann_file'):  # Else the images left out count as missed.
-                metric['ann_file'] = None
+        count_shown(evaluator, plain.dataset)
     metric, found = task['metrics'][0], {}
 
     def test(dataloader: dict) -> float:
