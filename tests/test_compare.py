@@ -32,21 +32,28 @@ def test_compare_trains_tests_and_remembers(shapes, tmp_path):
     assert again.stdout.count('already in') == 2
 
 
-def test_the_learning_rate_is_picked_by_validation():
-    import sys
+def test_the_learning_rate_is_picked_by_validation(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+    from compare import picked
 
-    sys.path.insert(0, 'tools')
-    try:
-        from compare import picked
-    finally:
-        sys.path.remove('tools')
     rows = [
-        dict(config='a', policy='full', val=0.2, test=0.9),
-        dict(config='a', policy='full', val=0.3, test=0.1),
-        dict(config='b', policy='full', val=0.9, test=0.5),
+        dict(config='a', policy='full', val=0.2, test=0.9, val_curve=[0.1, 0.2]),
+        dict(config='a', policy='full', val=0.3, test=0.1, val_curve=[0.3, 0.2]),
+        dict(config='b', policy='full', val=0.9, test=0.5, val_curve=[0.9, 0.2]),
     ]
     assert picked(rows, 'a', 'full') is rows[1]
     assert picked(rows, 'a', 'prompts') is None
+
+
+def test_of_a_loss_the_least_is_picked(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+    from compare import picked
+
+    rows = [
+        dict(config='a', policy='full', val=0.2, val_curve=[0.3, 0.2]),
+        dict(config='a', policy='full', val=0.3, val_curve=[0.3, 0.4]),
+    ]
+    assert picked(rows, 'a', 'full') is rows[0]
 
 
 def test_runs_are_told_apart_and_all_policies_have_their_line(monkeypatch):

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -180,7 +181,8 @@ def table(rows: list) -> str:
         for row in sorted(mine, key=lambda r: (order.index(r['policy']), r['seed'], options_of(r))):
             curve = row['val_curve']
             third = len(curve) * 2 // 3
-            gain = max(curve[third:]) - max(curve[:third] or curve)
+            best = best_of(mine)
+            gain = best(curve[third:]) - best(curve[:third] or curve)
             n = row['parameters']
             chosen = 'yes' if row is picked(rows, config, row['policy']) else ''
             text.append(
@@ -219,8 +221,14 @@ def parsed(options: list[str]) -> dict:
 
 def picked(rows: list, config: str, policy: str) -> dict | None:
     """The run of a policy with the best validation score."""
-    mine = [row for row in rows if (row['config'], row['policy']) == (config, policy)]
-    return max(mine, key=lambda row: row['val'], default=None)
+    of_config = [row for row in rows if row['config'] == config]
+    mine = [row for row in of_config if row['policy'] == policy]
+    return best_of(of_config)(mine, key=lambda row: row['val'], default=None)
+
+
+def best_of(rows: list) -> Callable:
+    """max, or min where the hook picked checkpoints of less than the largest score: by a loss."""
+    return min if any(row['val'] < max(row['val_curve']) for row in rows) else max
 
 
 if __name__ == '__main__':
