@@ -117,18 +117,20 @@ def draw_predictions(cfg: Config, args: argparse.Namespace) -> None:
     hook = cfg.get('default_hooks', {}).get('visualization')
     if hook is None:
         raise ValueError(f'--show: {args.config} has no default_hooks.visualization')
+    # MMSegmentation's draws every 50th image only, MMPretrain's every 5000th.
+    hook['interval'] = 1
+    # MMDetection's would lie in its work folder.
+    folder = args.show_dir and str(Path(args.show_dir).absolute())
     if library(cfg) == 'mmpretrain':
-        hook.update(enable=True, show=args.show, wait_time=args.wait_time, out_dir=args.show_dir)
+        hook.update(enable=True, show=args.show, wait_time=args.wait_time, out_dir=folder)
         return
     hook['draw'] = True
-    # mmseg draws every 50th image only.
-    hook['interval'] = 1
     if args.show:
         hook.update(show=True, wait_time=args.wait_time)
     if args.show_dir and library(cfg) == 'mmdet':
-        hook['test_out_dir'] = args.show_dir
+        hook['test_out_dir'] = folder
     elif args.show_dir:
-        cfg.visualizer['save_dir'] = args.show_dir
+        cfg.visualizer['save_dir'] = folder
 
 
 def is_careful(cfg: Config) -> bool:

@@ -33,7 +33,8 @@ def use_tta(cfg: Config) -> None:
         if scope == 'mmdet':
             keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')
             pack = dict(type=pack['type'], meta_keys=(*keys, 'flip', 'flip_direction'))
-        flips = [dict(type='RandomFlip', prob=1.0), dict(type='RandomFlip', prob=0.0)]
+        # Scores are those of the first view, whose ground truth must be that of the image.
+        flips = [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)]
         pipeline[-1] = dict(type='TestTimeAug', transforms=[flips, [pack]])
         cfg.tta_pipeline = pipeline
     dataset.pipeline = cfg.tta_pipeline

@@ -10,7 +10,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from protune_mm import cli
+from protune_mm import cli, tta
 from tests.conftest import ROOT, STOCK_TOOLS, run_tool
 from tests.small_runs import QUICK, SHAPES, data
 
@@ -150,7 +150,22 @@ def test_mmseg_with_stock_and_our_tools(trained_seg, tmp_path):
     assert 'mIoU' in json.loads(out.read_text())
 
 
-def test_mmpretrain_with_stock_and_our_tools(trained_cls, tmp_path):
+def test_tta_scores_against_the_image_as_it_is(trained_seg):
+    from mmengine.registry import DATASETS, DefaultScope
+
+    cfg = cli.read_config(str(trained_seg[0]))
+    cfg._cfg_dict.pop('tta_pipeline')  # As in a config without one of its own.
+    dataset = cfg.test_dataloader.dataset
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        before = DATASETS.build(dataset)[0]['data_samples'].gt_sem_seg.data
+        tta.use_tta(cfg)
+        after = DATASETS.build(dataset)[0]['data_samples']
+    assert len(after) == 2
+    assert torch.equal(after[0].gt_sem_seg.data, before)
+    assert torch.equal(after[1].gt_sem_seg.data, before.flip(-1))
+
+
+def test_mmpretrain_with_stock_and_our_tools(trained_cls, pictures, tmp_path):
     config, checkpoint = trained_cls
     stock_test = STOCK_TOOLS['mmpretrain'] / 'test.py'
     run_tool(stock_test, config, checkpoint, '--no-pin-memory', '--work-dir', tmp_path / 'stock')
@@ -160,6 +175,15 @@ def test_mmpretrain_with_stock_and_our_tools(trained_cls, tmp_path):
     out = tmp_path / 'metrics.json'
     run_tool('tools/test.py', config, checkpoint, *ours, '--tta', '--out', out)
     assert 0 <= json.loads(out.read_text())['accuracy/top1'] <= 100
+    # As dumped by a training that was resumed; pictures of all images.
+    resumed = tmp_path / 'resumed.py'
+    resumed.write_text(f'{config.read_text()}\nresume = True\n')
+    shown = ['--show-dir', tmp_path / 'shown', '--out', out]
+    options = ['--cfg-options', 'train_dataloader.dataset.data_root=nowhere']
+    run_tool('tools/test.py', resumed, checkpoint, *ours, *shown, *options)
+    assert len(list((tmp_path / 'shown').glob('**/*.png'))) == len(
+        list((pictures / 'classes').glob('*/*'))
+    )
 
 
 def test_auto_scale_lr_and_its_error(shapes, tmp_path):

@@ -24,6 +24,7 @@ def main() -> None:
         parser.error(f'--out {args.out}: use .pkl for predictions or .json for metrics')
 
     cfg.load_from = args.checkpoint
+    cfg.resume = False  # A config dumped by a training that was resumed says True.
     if args.show or args.show_dir:
         cli.draw_predictions(cfg, args)
     if args.tta:

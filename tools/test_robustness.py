@@ -64,6 +64,7 @@ def main() -> None:
         parser.error('--baseline divides errors under corruption: leave --no-corruptions out')
     about = about_test(args, cfg)
     cfg.load_from = args.checkpoint
+    cfg.resume = False  # As in test.py.
     runner = cli.build_runner(cfg)
     # What cannot be done is told before the first test.
     loader = runner.build_dataloader(cfg.test_dataloader)
