@@ -94,6 +94,18 @@ def test_captions_and_keypoints_are_passed_over(tmp_path):
     assert layout.train.annotations.name == 'train.json'
 
 
+def test_what_trains_does_not_validate(tmp_path):
+    files, images = good()
+    files['annotations/trainval.json'] = files.pop('annotations/train.json')
+    files['annotations/test.json'] = files.pop('annotations/val.json')
+    layout = coco_folder.find_layout(write(tmp_path, files, images))
+    assert layout.train.annotations.name == 'trainval.json'
+    assert layout.val.annotations.name == 'test.json'
+    (tmp_path / 'annotations/test.json').unlink()
+    with pytest.raises(coco_folder.BadInputError, match=r'annotations/\*val\*.json does not exist'):
+        coco_folder.find_layout(tmp_path)
+
+
 def without(key):
     return document(['1.png', '2.png', '3.png'], **{key: None})
 

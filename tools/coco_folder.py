@@ -51,7 +51,7 @@ def find_layout(root: Path) -> Layout:
     if not root.is_dir():
         raise BadInputError(f'{root} is not a folder')
     train = find_annotations(root, 'train')
-    val = find_annotations(root, 'val', 'test')
+    val = find_annotations(root, 'val', 'test', but=train)
     documents = {path: read_annotations(path) for path in (train, val)}
     names = {path: class_names(path, document) for path, document in documents.items()}
     # By name and in order: pycocotools numbers classes in the order of the file.
@@ -65,12 +65,13 @@ def find_layout(root: Path) -> Layout:
     return Layout(*splits, names[train], sides[len(sides) // 2])
 
 
-def find_annotations(root: Path, *words: str) -> Path:
-    """The annotation file of a split: the first word that has one decides."""
+def find_annotations(root: Path, *words: str, but: Path | None = None) -> Path:
+    """The annotation file of a split, and not ``but``: the first word that has one decides."""
     for word in words:
         # Some exports keep the annotations of a split beside its images.
         for pattern in ('annotations/*.json', '*.json', '*/*.json'):
-            found = [f for f in sorted(root.glob(pattern)) if word in f'{f.relative_to(root)}']
+            files = [f for f in sorted(root.glob(pattern)) if f != but]
+            found = [f for f in files if word in f'{f.relative_to(root)}']
             if found:
                 # COCO's own folder has captions and keypoints too.
                 return min(found, key=lambda f: not f.stem.startswith(('instances', word)))

@@ -281,8 +281,10 @@ def summarize(
     minutes, rest = divmod(round(seconds), 60)
     print(f'\n== quickstart: done in {minutes} min {rest:02d} s')
     on = f'COCO AP on {layout.val.count} validation images'
-    say(f'box AP   {metrics["coco/bbox_mAP"]:.3f}   {on}')
-    say(f'mask AP  {metrics["coco/segm_mAP"]:.3f}   {on}')
+    if not metrics:
+        say('nothing was found: train longer (--epochs), or on more images of each class')
+    say(f'box AP   {metrics.get("coco/bbox_mAP", 0.0):.3f}   {on}')
+    say(f'mask AP  {metrics.get("coco/segm_mAP", 0.0):.3f}   {on}')
     say(parameter_line(runner.model))
     say(f'checkpoint  {show(checkpoint)}')
     say(f'picture     {show(picture)}')
