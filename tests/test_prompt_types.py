@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import protune_mm
+from protune_mm.checkpoints import tuned_state_dict
 from protune_mm.prompts import Adapter, ConvAdapter, LoRA, LoRand, Mona
 from protune_mm.registry import PROMPTS
 from protune_mm.tuned import frozen_tensors, prompts
@@ -202,6 +203,47 @@ def merged_is_the_same(tuned, *sizes):
         for x, outs in zip(images, expected, strict=True):
             for a, b in zip(outs, flat(tuned(x)), strict=True):
                 assert (a - b).abs().max() <= 1e-4 * a.abs().max()  # float32
+
+
+def lora_resnet(**more):
+    return MODELS.build(
+        dict(type='protune_mm.ProTuned', base='mmdet.ResNet', depth=18, prompt=dict(type='LoRA'),
+             **more)
+    ).eval()  # fmt: skip
+
+
+def test_weights_of_low_precision_keep_a_small_change():
+    tuned = lora_resnet(lean=dict(dtype='bfloat16'))
+    stock = [out.detach() for out in flat(tuned(image()))]
+    for prompt in prompts(tuned).values():
+        nn.init.normal_(prompt.up.weight, std=1e-4)
+    expected = flat(tuned(image()))
+    protune_mm.merge(tuned)
+    for a, b, c in zip(expected, flat(tuned(image())), stock, strict=True):
+        # Of the change alone, which bfloat16 rounds away.
+        assert (a - b).abs().max() <= 1e-2 * (a - c).abs().max()
+
+
+def test_what_is_merged_is_of_another_base():
+    tuned = lora_resnet()
+    move_prompts(tuned)
+    protune_mm.merge(tuned)
+    state = tuned_state_dict(tuned)
+    assert torch.equal(state['layer1.0.conv1.weight'], tuned.layer1[0].conv1.weight)
+    other = lora_resnet(policy='head-only')
+    other.load_state_dict(state)
+    for a, b in zip(flat(tuned(image())), flat(other(image())), strict=True):
+        assert (a - b).abs().max() <= 1e-4 * a.abs().max()  # float32
+    with pytest.raises(ValueError, match='Pro-tuned already'):
+        protune_mm.protune(tuned, prompt=dict(type='LoRA'))
+
+
+def test_several_sets_are_not_merged():
+    tuned = lora_resnet()
+    protune_mm.PromptSets(tuned)
+    with pytest.raises(ValueError, match='has several sets of prompts'):
+        protune_mm.merge(tuned)
+    tuned(image())
 
 
 def test_maps_as_wide_as_they_have_channels_merge_too():
