@@ -110,6 +110,17 @@ def test_half_precision_loads_and_is_half_the_size(trained, tmp_path):
         assert same(model, rebuilt(config, path), 2e-2)  # float16
 
 
+def test_half_of_a_base_of_no_file_loads(trained, tmp_path):
+    config, checkpoint, model = trained['cls']
+    loaded = export.load(str(config), str(checkpoint))[0]
+    loaded.backbone._protune.origin['mixture'] = True
+    state = export.weights(loaded, 'tuned', half=True)
+    assert state['backbone.conv1.weight'].dtype == torch.float32
+    assert state['head.fc.weight'].dtype == torch.float16
+    path = export.write(dict(state_dict=state), tmp_path / 'h.pth')
+    assert same(model, rebuilt(config, path), 2e-2)  # float16
+
+
 def test_a_published_file_has_its_hash_in_its_name(trained, tmp_path):
     import hashlib
 
@@ -155,6 +166,9 @@ def test_onnx_computes_the_same(trained, tmp_path, kind, backbone):
     [
         (('onnx', '{cls}', '{pth}', 'no/such/x.onnx'), 'no/such is no folder'),
         (('onnx', '{cls}', '{pth}', 'x.onnx', '--half'), '--half and --publish are for'),
+        (('full', '{cls}', '{pth}', '{out}', '--backbone'), '--backbone and --shape are for onnx'),
+        (('full', '{cls}', '{base}', '{out}'), 'ResNet is frozen, but the loaded weights lack'),
+        (('tuned', '{cls}', '{base}', '{out}'), 'ResNet is frozen, but the loaded weights lack'),
         (('tuned', '{cls}', 'none.pth', '{out}'), 'none.pth can not be found'),
         (('tuned', 'mmpretrain::resnet/resnet18_8xb32_in1k.py', '{pth}', '{out}'), 'add --protune'),
         (('tuned', '{lora}', '{pth}', '{out}'), 'tuned with prompt.type='),
@@ -162,6 +176,7 @@ def test_onnx_computes_the_same(trained, tmp_path, kind, backbone):
 )
 def test_bad_input_is_one_line(trained, tmp_path, args, message):
     names = dict(cls=trained['cls'][0], pth=trained['cls'][1], lora=trained['lora'][0])
+    names['base'] = names['pth'].with_name('cls_base.pth')  # Its keys lack the prefix.
     done = run(*(arg.format(out=tmp_path / 'x.pth', **names) for arg in args))
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[-1]

@@ -26,7 +26,7 @@ from protune_mm import cli
 from protune_mm.checkpoints import identities, tuned_state_dict
 from protune_mm.config import is_protuned, library
 from protune_mm.files import whole_file
-from protune_mm.tuned import backbones
+from protune_mm.tuned import backbones, frozen_keys, frozen_tensors
 
 TOLERANCE = 1e-3
 """Part of the largest output by which onnxruntime may differ from PyTorch, in float32."""
@@ -42,18 +42,20 @@ def main() -> None:
     parser.add_argument('--publish', action='store_true', help='a hash in the name of the file')
     parser.add_argument('--backbone', action='store_true', help='onnx: the backbone alone')
     parser.add_argument(
-        '--shape', type=int, nargs=2, default=(224, 224), metavar=('H', 'W'), help='onnx: pixels'
+        '--shape', type=int, nargs=2, metavar=('H', 'W'), help='onnx: pixels; default: 224 224'
     )
     parser.add_argument('--protune', action='store_true', help='Pro-tune a stock config')
     args = parser.parse_args()
     if args.what == 'onnx' and (args.half or args.publish):
         parser.error('--half and --publish are for checkpoints, not for onnx')
+    if args.what != 'onnx' and (args.backbone or args.shape):
+        parser.error(f'--backbone and --shape are for onnx, not for {args.what}')
     out = Path(args.out)
     if not out.parent.is_dir():
         parser.error(f'{out.parent} is no folder')
     model, meta, cfg = load(args.config, args.checkpoint, args.protune)
     if args.what == 'onnx':
-        difference = to_onnx(model, cfg, out, tuple(args.shape), args.backbone)
+        difference = to_onnx(model, cfg, out, tuple(args.shape or (224, 224)), args.backbone)
         print(f'{out}: {size(out)}, differs from PyTorch by {difference:.1e} of the largest output')
         return
     path = write(dict(meta=meta, state_dict=weights(model, args.what, args.half)), out)
@@ -66,7 +68,8 @@ def load(config: str, checkpoint: str, protune: bool = False) -> tuple:
     """The model of a config with the weights of a checkpoint, the file's meta, and the config.
 
     Raises:
-        ValueError: the config is not Pro-tuned, or a file cannot be read.
+        ValueError: the config is not Pro-tuned, a file cannot be read, or it holds not all weights
+            of a frozen backbone.
         RuntimeError: the base is not the one of the checkpoint.
     """
     cfg = cli.read_config(config, protune)
@@ -81,6 +84,10 @@ def load(config: str, checkpoint: str, protune: bool = False) -> tuple:
     model = MODELS.build(cfg.model)
     loaded = _load_checkpoint(checkpoint, map_location='cpu')
     _load_checkpoint_to_model(model, loaded)
+    for backbone in backbones(model).values():
+        problem = backbone._protune.loads.problem(backbone, dict(frozen_tensors(backbone)))
+        if problem:
+            raise ValueError(f'{checkpoint}: {problem}')
     meta = {k: v for k, v in loaded.get('meta', {}).items() if k in ('dataset_meta', 'cfg')}
     return model.eval(), meta, cfg
 
@@ -100,7 +107,12 @@ def weights(model: nn.Module, what: str, half: bool = False) -> dict[str, Tensor
         # The fingerprint is of the weights in full precision.
         state = state if half else {**state, **identities(model)}
     if half:
-        state = {k: v.half() if v.dtype == torch.float32 else v for k, v in state.items()}
+        # Frozen weights of no file are told by their fingerprint, which is of full precision.
+        whole = frozen_keys(model) if what == 'tuned' else ()
+        state = {
+            k: v.half() if v.dtype == torch.float32 and k not in whole else v
+            for k, v in state.items()
+        }
     return {key: tensor.detach().cpu() for key, tensor in state.items()}
 
 
@@ -152,7 +164,8 @@ def to_onnx(
         float: largest difference, as a part of the largest output.
 
     Raises:
-        ValueError: a detector as a whole, a library that is missing, or outputs that differ.
+        ValueError: a detector as a whole, more or less than one Pro-tuned backbone, a library that
+            is missing, or outputs that differ.
     """
     if library(cfg) == 'mmdet' and not backbone:
         raise ValueError('onnx: a whole detector needs mmdeploy; use --backbone')
@@ -161,10 +174,13 @@ def to_onnx(
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ValueError(f'onnx: pip install onnx onnxruntime onnxscript ({error})') from error
+    part = model
     if backbone:
-        (part,) = backbones(model).values()
-    else:
-        part = model
+        found = backbones(model)
+        if len(found) != 1:
+            there = ', '.join(found) or 'none'
+            raise ValueError(f'onnx: --backbone needs one Pro-tuned backbone, there is: {there}')
+        (part,) = found.values()
     if library(cfg) == 'mmpretrain' and not backbone and hasattr(model, 'head'):
         part = _Classifier(model)
     module = _Forward(part, whole=not backbone and not isinstance(part, _Classifier)).eval()
