@@ -105,7 +105,13 @@ class ProTuneOptimWrapperConstructor:
         # Layer-decay constructors name the parameters of their groups; since torch 2.7 either all
         # groups of an optimizer are named or none.
         named = any('param_names' in group for group in wrapper.optimizer.param_groups)
+        # What a config leaves out the optimizer has a default for.
+        usual = {**wrapper.optimizer.defaults, **self.optim_wrapper_cfg['optimizer']}
         for group in groups:
+            if usual.get('lr') is not None:
+                group['lr'] = usual['lr'] * self.lr_mult
+            if usual.get('weight_decay') is not None:
+                group.setdefault('weight_decay', usual['weight_decay'] * self.decay_mult)
             names = {'param_names': [tuned_names[id(p)] for p in group['params']]} if named else {}
             wrapper.optimizer.add_param_group({**group, **names})
         return wrapper
@@ -118,14 +124,8 @@ class ProTuneOptimWrapperConstructor:
                 shape = tuple(parameter.shape)
                 scale = parameter.ndim <= 1 or (parameter.ndim == 3 and shape[1:] == (1, 1))
                 (plain if scale else decayed).append(parameter)
-        config = self.optim_wrapper_cfg['optimizer']
-        shared = {PROMPT: True}
-        if config.get('lr') is not None:
-            shared['lr'] = config['lr'] * self.lr_mult
-        weights = {'params': decayed, **shared}
-        if config.get('weight_decay') is not None:
-            weights['weight_decay'] = config['weight_decay'] * self.decay_mult
-        rest = {'params': plain, **shared, 'weight_decay': 0.0}
+        weights = {'params': decayed, PROMPT: True}
+        rest = {'params': plain, PROMPT: True, 'weight_decay': 0.0}
         return [group for group in (weights, rest) if group['params']]
 
 
@@ -151,7 +151,8 @@ class PromptWarmup(LinearLR):
         **kwargs: as of mmengine's ``LinearLR``.
 
     Raises:
-        ValueError: the optimizer holds no prompts, or ``start_factor`` is out of range.
+        ValueError: the optimizer holds no prompts, ``start_factor`` is out of range, or ``end``
+            comes less than two steps after ``begin``, before anything could rise.
     """
 
     def __init__(
@@ -165,6 +166,11 @@ class PromptWarmup(LinearLR):
     ) -> None:
         if not 0 < start_factor <= 1:
             raise ValueError(f'start_factor={start_factor}: use a factor above 0 and at most 1')
+        if end - begin < 2:
+            raise ValueError(
+                f'PromptWarmup: begin={begin} and end={end} leave nothing to rise in: use an end '
+                'at least 2 after the begin, or steps in place of epochs'
+            )
         # By position: an optimizer's state of before, loaded later, may lack the key.
         self.prompts = [i for i, group in enumerate(optimizer.param_groups) if group.get(PROMPT)]
         if not self.prompts:

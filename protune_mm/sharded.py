@@ -32,7 +32,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP  # noqa: N81
 from .checkpoints import note_origin
 from .frozen import check_weights
 from .identity import KEY, fingerprint, identifying
-from .optim import wrap_constructor
+from .optim import check_warmup, wrap_constructor
 from .prompted import PromptedBlock
 from .prompts.convs import fixed_layers
 from .registry import STRATEGIES
@@ -93,6 +93,12 @@ class ProTuneFSDPStrategy(FSDPStrategy):
                 torch.distributed.init_process_group('gloo')
             return
         super()._setup_distributed(launcher, backend, **kwargs)
+
+    def build_param_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """Build the schedules, of which a warm-up of prompts allows those that multiply only."""
+        built = super().build_param_scheduler(*args, **kwargs)
+        check_warmup(built)
+        return built
 
     def prepare(
         self, model: nn.Module | dict, *, optim_wrapper: Any = None, **kwargs: Any

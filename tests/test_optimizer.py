@@ -88,6 +88,15 @@ def test_prompt_multipliers():
     assert found['head.weight']['lr'] == 0.1
 
 
+def test_prompt_multipliers_of_the_defaults_of_the_optimizer():
+    model = Model(resnet())
+    rules = dict(prompt_lr_mult=3.0, prompt_decay_mult=0.0)
+    found = groups(model, dict(optimizer=dict(type='AdamW'), paramwise_cfg=rules))
+    weight = found['backbone.layer1.1.prompt.up.weight']
+    assert (weight['lr'], weight['weight_decay']) == (pytest.approx(3e-3), 0.0)
+    assert (found['head.weight']['lr'], found['head.weight']['weight_decay']) == (1e-3, 1e-2)
+
+
 def test_the_stock_rules_still_reach_neck_and_head():
     model = Model(resnet())
     rules = dict(custom_keys=dict(neck=dict(lr_mult=0.5)), norm_decay_mult=0.0)

@@ -124,6 +124,11 @@ def test_a_factor_out_of_range_is_an_error(factor):
         PromptWarmup(optimizer_of(Model()), end=5, start_factor=factor)
 
 
+def test_a_warm_up_in_which_nothing_rises_is_an_error():
+    with pytest.raises(ValueError, match='begin=0 and end=1 leave nothing to rise in'):
+        PromptWarmup(optimizer_of(Model()), end=1, by_epoch=True)
+
+
 @pytest.mark.parametrize(
     'other',
     [
