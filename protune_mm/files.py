@@ -127,7 +127,9 @@ def last_good_checkpoint(folder: str) -> str | None:
     if elsewhere:
         found = {path for path in found if path.name.startswith(PREEMPTED.partition('{')[0])}
     elif told:
-        found |= {Path(told)}
+        # With a `filename_tmpl` or `out_dir` of its own the older ones lie beside it.
+        alike = {path for path in Path(told).parent.glob('*.pth') if _differ_in_number(path, told)}
+        found |= {Path(told), *alike}
     last = Path(told).resolve()
     files = sorted(
         {path.resolve() for path in found if path.is_file()},
@@ -153,6 +155,13 @@ def _is_after(path: Path, last: Path) -> bool:
         return True
     later = kind == last_kind and number > last_number and last.is_file()
     return later and path.stat().st_mtime_ns >= last.stat().st_mtime_ns
+
+
+def _differ_in_number(path: Path, other: str) -> bool:
+    """Whether the names of two files are the same but for one number."""
+    mine, its = (re.split(r'(\d+)', name) for name in (path.name, Path(other).name))
+    differ = [i for i, (a, b) in enumerate(zip(mine, its, strict=False)) if a != b]
+    return len(mine) == len(its) and len(differ) == 1 and differ[0] % 2 == 1
 
 
 def _kind_of(path: Path) -> tuple[str, int]:

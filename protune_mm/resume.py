@@ -313,6 +313,9 @@ class PreemptionHook(Hook):
             f'{signal.Signals(number).name}: stopped after step {step}; --resume goes on from '
             f'{Path(runner.work_dir, name)}'
         )
+        if self._group is not None:
+            # A launcher ends the others as soon as one has ended, and reports the highest status.
+            self._before = dict.fromkeys(self._before, signal.SIG_IGN)
         self.unlisten()
         sys.exit(128 + number)
 

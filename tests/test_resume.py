@@ -306,6 +306,17 @@ def test_which_checkpoint_is_the_last(tmp_path):
     assert last() == 'epoch_2.pth'
 
 
+def test_names_and_folders_of_ones_own(tmp_path, caplog):
+    folder = tmp_path / 'elsewhere'
+    folder.mkdir()
+    for name in ('model_1.pth', 'model_2.pth', 'best_1.pth', 'model_2_ema.pth'):
+        torch.save(dict(state_dict={}), folder / name)
+    (tmp_path / 'last_checkpoint').write_text(str(folder / 'model_3.pth'))
+    (folder / 'model_3.pth').write_bytes((folder / 'model_2.pth').read_bytes()[:-9])
+    os.utime(folder / 'model_1.pth', (1000, 1000))
+    assert last_good_checkpoint(str(tmp_path)) == str(folder / 'model_2.pth')
+
+
 def test_other_files_in_the_folder_are_not_resumed(pictures, base, tmp_path):
     train(config(pictures, base, tmp_path, EPOCHS), StopHook(4))
     torch.save(dict(state_dict={}), tmp_path / 'exported.pth')
