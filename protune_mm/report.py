@@ -6,7 +6,7 @@ from torch import nn
 
 from .features import Beside, Inside
 from .prompts.convs import fixed_layers
-from .tuned import backbones, prompts, tuned_parameters
+from .tuned import backbones, heads, prompts, tuned_parameters
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
@@ -17,11 +17,14 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
 
     Returns:
         dict[str, int]: ``frozen`` and ``prompts`` of the backbones, ``rest``: trainable
-        parameters elsewhere (neck and head), ``rest_frozen``: the others there. What is fixed in
-        prompts (``fixed_down=True``) is in none of them, see :func:`fixed_count`.
+        parameters elsewhere (neck and head, or a backbone's own classifier), ``rest_frozen``: the
+        others there. What is fixed in prompts (``fixed_down=True``) is in none of them, see
+        :func:`fixed_count`.
     """
     tuned = {id(p) for p in tuned_parameters(model).values()}
     inside = {id(p) for b in backbones(model).values() for p in b.parameters()}
+    for backbone in backbones(model).values():
+        inside -= {id(p) for head in heads(backbone).values() for p in head.parameters()}
     counts = dict.fromkeys(('frozen', 'prompts', 'rest', 'rest_frozen'), 0)
     for parameter in model.parameters():
         if id(parameter) in tuned:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from mmengine.registry import HOOKS, MODELS
 
+from protune_mm.report import parameter_counts
 from protune_mm.show import PromptVisualizationHook, _pictures
 from protune_mm.tuned import prompts
 from tests.conftest import build_protuned, image, move_prompts, run_tool
@@ -44,6 +45,15 @@ def test_the_log_tells_counts_and_memory(shown):
     steps = [line for line in text.splitlines() if 'Epoch(train)' in line]
     assert len(steps) == 6
     assert all(' time: ' in line and ' memory: ' in line for line in steps)
+
+
+def test_a_classifier_inside_the_backbone_counts_as_a_head():
+    model = MODELS.build(dict(type='protune_mm.ProTuned', base='mmpretrain.LeNet5', num_classes=10))
+    counts = parameter_counts(model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert counts['rest'] == sum(p.numel() for p in model.classifier.parameters())
+    assert counts['prompts'] + counts['rest'] == trained
+    assert sum(counts.values()) == sum(p.numel() for p in model.parameters())
 
 
 def test_tensorboard_has_them(shown):
