@@ -79,6 +79,11 @@ def candidates(backbone: nn.Module, told: Identity) -> tuple[list[dict], str]:
     if given:
         return [dict(told.origin, checkpoint=given)], ''
     own, address = origin_of(backbone), told.origin.get('checkpoint', '')
+    if backbone._protune.initializing:
+        # What `init_cfg` names is the very file that is being loaded, and holds no base.
+        if own.get('checkpoint') == address:
+            address = ''
+        own = {}
     if not address or own.get('checkpoint') == address:
         return [own] if own else [], ''
     if address.startswith(ZOO) or os.environ.get(ALLOW) == '1' or _is_own(address):
@@ -138,7 +143,8 @@ def _initialize(backbone: nn.Module, origin: dict) -> None:
     finally:
         backbone.init_cfg = before
         backbone._is_init = was_init
-        del backbone._dump_init_info
+        # What it loads may have fetched a base of its own.
+        backbone.__dict__.pop('_dump_init_info', None)
         backbone._protune.initialized = prompts_set
 
 

@@ -58,8 +58,9 @@ def protune_config(cfg: Config, **options: Any) -> Config:
 
     Args:
         cfg: a config with a stock or an already Pro-tuned backbone, changed in place.
-        **options: any of ``stages``, ``prompt``, ``lean``, ``policy``, ``require_weights``; only
-            those given are written.
+        **options: any of ``stages``, ``prompt``, ``lean``, ``policy``, ``affine``,
+            ``require_weights`` and ``base_checkpoint``, see :func:`protune_mm.protune`; only those
+            given are written.
 
     Returns:
         Config: the same object.
@@ -187,7 +188,8 @@ def load_config(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: see :func:`resolve`; or the config itself refuses what it was given.
+        ValueError: see :func:`resolve`; the config itself refuses what it was given; or
+            ``cfg_options`` do not fit its values.
     """
     try:
         cfg = _read(str(path))
@@ -197,7 +199,10 @@ def load_config(
         if raised_at.f_globals.get('__name__'):
             raise
         raise ValueError(f'{raised_at.f_code.co_filename}, line {line}: {error}') from error
-    cfg.merge_from_dict(cfg_options or {})
+    try:
+        cfg.merge_from_dict(cfg_options or {})
+    except TypeError as error:  # A part of what the config has as a whole: prompt='principal', say.
+        raise ValueError(f'{path} with --cfg-options: {error}') from error
     resolve(cfg)
     return protune_config(cfg, **options) if protune else cfg
 

@@ -122,8 +122,12 @@ class ProTunedBackbone:
         # Weights that came with the module are not to be overwritten by a random start.
         keep = self._protune.loads.given and not _loads_pretrained(self)
         if hasattr(super(), 'init_weights') and not keep:
-            with _without_prompts(self):
-                super().init_weights()
+            before, self._protune.initializing = self._protune.initializing, True
+            try:
+                with _without_prompts(self):
+                    super().init_weights()
+            finally:
+                self._protune.initializing = before
         if not self._protune.initialized:
             starting = prompts(self).values()
             # The neck and head of a seed start as without prompts, on a GPU as well.

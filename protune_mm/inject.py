@@ -85,8 +85,8 @@ def protune(
         weights_given: the module holds its pre-trained weights already. Default True: they are
             kept, also by ``init_weights``, and not asked for.
         base_checkpoint: path or address of the pre-trained weights, for a checkpoint of prompts
-            that is loaded before these weights are there. Default None: ``init_cfg`` of the
-            backbone, else what the checkpoint names, if that is a model zoo.
+            that is loaded before these weights are there. Default None: what the checkpoint
+            names, if that is a model zoo, else ``init_cfg`` of the backbone.
 
     Returns:
         The same module.

@@ -100,7 +100,7 @@ class PromptSets:
         return self._sets[name]
 
     def add(self, name: str) -> None:
-        """Add a set at its start, which changes nothing until it is trained.
+        """Add a set at its start, which (but for ``last='series'``) changes nothing until trained.
 
         Raises:
             ValueError: the name is taken.

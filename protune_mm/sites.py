@@ -180,7 +180,7 @@ def _layer_sites(
     if not table:
         raise ValueError(
             f"prompt.type='{name}' needs to know the blocks of {type(module).__name__}: add a row, "
-            'see docs/add_a_backbone.md'
+            'add_family in docs/add_a_backbone.md'
         )
     refuse_after_stages(options.prompt, f": prompt.type='{name}' runs beside layers")
     blocks = _blocks(module, table, options.stages)

@@ -45,6 +45,7 @@ class State:
         parameters: names of the single parameters that a policy other than prompts trains.
         loads: which frozen tensors have received weights.
         initialized: its prompts have been given their start by ``init_weights``.
+        initializing: its ``init_weights`` is running, and may load what ``init_cfg`` names.
         contiguous: it runs on contiguous maps: its forward cannot run on others, or nobody has
             looked whether it can.
         base_checkpoint: where its user says that its base lies, for checkpoints without it.
@@ -62,6 +63,7 @@ class State:
     parameters: frozenset[str] = frozenset()
     loads: LoadRecord = field(default_factory=LoadRecord)
     initialized: bool = False
+    initializing: bool = False
     contiguous: bool = False
     base_checkpoint: str | None = None
     origin: dict = field(default_factory=dict)

@@ -68,6 +68,14 @@ def test_unknown_family_names_the_known_ones_and_the_file():
         protune_mm.protune(Mine(), stages='blocks')
 
 
+def test_a_part_of_a_prompt_that_is_a_name(tmp_path):
+    path = tmp_path / 'config.py'
+    path.write_text("model = dict(backbone=dict(type='protune_mm.ProTuned', base='mmdet.ResNet', "
+                    "depth=18, prompt='principal'))")  # fmt: skip
+    with pytest.raises(ValueError, match=r'config.py with --cfg-options: prompt=.*_delete_=True'):
+        protune_mm.load_config(str(path), cfg_options={'model.backbone.prompt.type': 'LoRA'})
+
+
 class Odd(nn.Module):
     def __init__(self):
         super().__init__()

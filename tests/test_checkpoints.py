@@ -338,6 +338,19 @@ def test_init_cfg_may_name_a_file_with_prompts(base, tmp_path, monkeypatch, whol
         resnet(init_cfg=other.init_cfg, prompt=dict(hidden=3)).init_weights()
 
 
+def test_a_file_with_prompts_in_init_cfg_needs_a_base_that_can_be_had(base, tmp_path):
+    backbone = resnet(init_cfg=dict(type='Pretrained', checkpoint=str(base)))
+    backbone.init_weights()
+    trained(backbone)
+    torch.save(dict(state_dict=tuned_state_dict(backbone)), tmp_path / 'tuned.pth')
+    init = dict(type='Pretrained', checkpoint=str(tmp_path / 'tuned.pth'))
+    with pytest.raises(RuntimeError, match=rf'names .*, which is of no model zoo: set {ALLOW}=1'):
+        resnet(init_cfg=init).init_weights()
+    other = resnet(init_cfg=init, base_checkpoint=str(base))
+    other.init_weights()
+    assert same(other, flat(backbone(image())))
+
+
 def test_the_base_of_load_from_is_found_beside_init_cfg(tmp_path, base, monkeypatch):
     """The config loads ImageNet weights; the training began with those of a detector."""
     torch.manual_seed(2)

@@ -206,3 +206,68 @@ def test_series_without_a_last_block_says_so(log):
         )
     )
     assert "prompt.last='series' has no effect" in log.text
+
+
+class OwnBlock(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU()
+
+    def forward(self, x):
+        return x + self.relu(self.norm(self.conv(x)))
+
+
+class OwnNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, 4)
+        self.layer1 = nn.Sequential(OwnBlock(8), OwnBlock(8))
+        self.layer2 = nn.Sequential(OwnBlock(8), OwnBlock(8))
+
+    def forward(self, x):
+        first = self.layer1(self.stem(x))
+        return first, self.layer2(first)
+
+
+class OwnChild(OwnNet):
+    pass
+
+
+@pytest.fixture
+def own_row(monkeypatch):
+    from protune_mm import stages
+    from protune_mm.features import Maps
+    from protune_mm.stages import Family, Stage, add_family
+
+    monkeypatch.setattr(stages, '_own', {})
+    names = ('layer1', 'layer2')
+    row = Family(
+        'OwnNet',
+        split=lambda net: [Stage(name, (f'{name}.0', f'{name}.1')) for name in names],
+        layout=Maps(),
+    )
+    add_family(OwnNet, row)
+    with pytest.raises(TypeError, match='give the class of the backbone'):
+        add_family('OwnNet', row)
+
+
+@pytest.mark.parametrize(
+    ('options', 'count'),
+    [
+        (dict(), 2),
+        (dict(stages='blocks'), 4),
+        (dict(stages='inside', prompt='principal'), 4),
+        (dict(prompt=dict(type='LoRA', rank=2)), 4),
+        (dict(policy='last-1'), 0),
+    ],
+)
+@pytest.mark.parametrize('kind', [OwnNet, OwnChild])
+def test_a_class_of_ones_own_has_a_row_of_ones_own(own_row, kind, options, count):
+    tuned = protune_mm.protune(kind(), **options).train()
+    assert len(prompts(tuned)) == count
+    sum(output.square().mean() for output in flat(tuned(image()))).backward()
+    trained = {n: p for n, p in tuned.named_parameters() if p.requires_grad}
+    assert trained
+    assert all(p.grad is not None for p in trained.values())

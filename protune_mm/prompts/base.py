@@ -16,7 +16,10 @@ class Prompt(BaseModule):
 
     Attributes:
         where: ``'stages'``: after the last block of every stage. ``'blocks'``: after every block.
-            ``'layers'``: beside layers inside every block; its output is added to the layer's.
+            ``'layers'``: beside layers inside every block; its output is added to the layer's, so
+            it has that shape. Its constructor is given what it names of the layer's
+            ``out_channels``, ``stride``, ``kernel_size``, ``padding``, ``dilation``, ``conv_type``
+            and ``padding_mode``.
         reads: of a type beside layers: ``'input'`` or ``'output'`` of the layer.
         mergeable: what it computes is a change of that layer's weights.
         pointwise: each pixel or token stands for itself, so that no grid of them is needed.

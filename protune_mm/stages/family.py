@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -61,7 +61,7 @@ class Family:
     name: str
     split: Callable[[nn.Module], list[Stage]]
     layout: Layout | Callable[[nn.Module, nn.Module], Layout]
-    examples: dict[str, dict]
+    examples: dict[str, dict] = field(default_factory=dict)
     channels: Callable[[nn.Module], int] | None = None
     count_extra: Callable[[nn.Module, nn.Module], int] = lambda backbone, block: 0
     reads_extra: Callable[[nn.Module], bool] = lambda backbone: False
