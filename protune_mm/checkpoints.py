@@ -75,8 +75,19 @@ def tuned_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     Args:
         model: a Pro-tuned backbone or anything that contains one, wrapped (DDP) or not.
+
+    Raises:
+        ValueError: a backbone was given a part that trains after it was Pro-tuned.
     """
     model = unwrapped(model)
+    for name, backbone in backbones(model).items():
+        for key, tensor in frozen_tensors(backbone):
+            if tensor.requires_grad:
+                raise ValueError(
+                    f"'{below(name)}{key}' requires a gradient, and is of a backbone that is "
+                    'frozen: Pro-tune the backbone alone, and keep what trains, a head say, '
+                    'outside of it'
+                )
     leave = frozen_keys(model)
     for name, backbone in backbones(model).items():
         if is_mixture(backbone):

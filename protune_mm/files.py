@@ -12,6 +12,7 @@ from typing import Any
 from mmengine.dist import is_main_process
 from mmengine.hooks import CheckpointHook
 from mmengine.logging import MMLogger
+from mmengine.registry import HOOKS as STOCK_HOOKS
 
 from .compat import damage
 from .registry import HOOKS
@@ -54,6 +55,25 @@ class SafeCheckpointHook(CheckpointHook):
         finally:
             self.file_backend = late.backend
         late.remove_now()
+
+
+def safe_hook(kind: str | type) -> str | type:
+    """The hook of a config as a :class:`SafeCheckpointHook`, under any name; others stay.
+
+    Args:
+        kind: type of a hook, as a config names it: mmengine's, or one that derives from it.
+    """
+    found = kind
+    if isinstance(kind, str):
+        with STOCK_HOOKS.switch_scope_and_registry(None) as registry:
+            found = registry.get(kind)
+    if not (isinstance(found, type) and issubclass(found, CheckpointHook)):
+        return kind
+    if issubclass(found, SafeCheckpointHook):
+        return found
+    if found is CheckpointHook:
+        return SafeCheckpointHook
+    return type(found.__name__, (SafeCheckpointHook, found), {'__module__': found.__module__})
 
 
 class _LateRemoval:

@@ -128,6 +128,7 @@ class ProTunedBackbone:
                     super().init_weights()
             finally:
                 self._protune.initializing = before
+            self._protune.loads.forget_redrawn(dict(frozen_tensors(self)))
         if not self._protune.initialized:
             starting = prompts(self).values()
             # The neck and head of a seed start as without prompts, on a GPU as well.
@@ -330,7 +331,7 @@ def _after_load(module: nn.Module, incompatible: Any) -> None:
         keep = [key for key in incompatible.missing_keys if key not in frozen]
         incompatible.missing_keys[:] = keep
         missing -= frozen
-    loads.note([name for name, _ in frozen_tensors(module)], missing, incompatible.unexpected_keys)
+    loads.note(dict(frozen_tensors(module)), missing, incompatible.unexpected_keys)
     if mine and missing.issuperset(mine):
         # With their buffers: statistics of a norm, or a first convolution that is not trained.
         whose = tuple(f'{loads.prefix}{path}.' for path in prompts(module))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 
 import torch
 from mmengine.logging import print_log
@@ -23,6 +24,7 @@ from .features import (
 )
 from .frozen import freeze
 from .lean import lean_options, make_lean
+from .norms import make_local
 from .policies import blocks_of, check_policy, keeps_lean_layers, parameters_of
 from .prompt_config import chooses_width, own_options, prompt_class, prompt_config
 from .prompted import PromptedBlock
@@ -136,6 +138,8 @@ def protune(
     # Some stock layers prepare what evaluation needs when they are told of it.
     mode = module.training
     module.train(False)
+    if policy in ('prompts', 'head-only'):
+        make_local(module)
     if lean_as is not None:
         # Before the prompts: a prompted layer runs its lean form, then its prompt.
         make_lean(module, lean_as, {module.get_submodule(site.block) for site in sites})
@@ -146,6 +150,7 @@ def protune(
     module._protune.base_checkpoint = base_checkpoint
     module._protune.placed = placed_options(options, sites)
     module._protune.places = len(sites)
+    _warn_of_classifier(module, sites)
     return module
 
 
@@ -176,6 +181,22 @@ def placed_options(options: Options, sites: list[Site]) -> dict:
         for key in own.keys() - set(getattr(cls, 'training_only', ('zero_init',))):
             placed[f'prompt.{key}'] = own[key]
     return json.loads(json.dumps(placed, sort_keys=True, default=str))
+
+
+def _warn_of_classifier(module: nn.Module, sites: list[Site]) -> None:
+    """Say that the classifier at the end of a network of no known family is frozen, too."""
+    if not sites or find_family(stock_type(module)):
+        return
+    name, last = list(module.named_children())[-1]
+    leaves = [m for m in last.modules() if not list(m.children())]
+    carries = any(f'{site.block}.'.startswith(f'{name}.') for site in sites)
+    if isinstance(leaves[-1], nn.Linear) and not carries:
+        print_log(
+            f"'{name}' of {type(module).__name__} looks like a classifier, and is frozen, too: "
+            'Pro-tune the network without it, and put what trains behind it',
+            logger='current',
+            level=logging.WARNING,
+        )
 
 
 SHARE = 0.08

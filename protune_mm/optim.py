@@ -84,7 +84,8 @@ class ProTuneOptimWrapperConstructor:
             OptimWrapper: its optimizer holds exactly the parameters that require a gradient.
 
         Raises:
-            ValueError: nothing in the model is trainable.
+            ValueError: nothing in the model is trainable, or the stock constructor builds more
+                than one optimizer.
         """
         model = getattr(model, 'module', model)
         tuned_names = {id(p): name for name, p in tuned_parameters(model).items()}
@@ -101,7 +102,7 @@ class ProTuneOptimWrapperConstructor:
             wrapper.optimizer.param_groups.clear()
         else:
             with _hidden(model, prompts):
-                wrapper = ROOT.build(self.stock)(model)
+                wrapper = self._build_stock(model)
         # Layer-decay constructors name the parameters of their groups; since torch 2.7 either all
         # groups of an optimizer are named or none.
         named = any('param_names' in group for group in wrapper.optimizer.param_groups)
@@ -114,6 +115,21 @@ class ProTuneOptimWrapperConstructor:
                 group.setdefault('weight_decay', usual['weight_decay'] * self.decay_mult)
             names = {'param_names': [tuned_names[id(p)] for p in group['params']]} if named else {}
             wrapper.optimizer.add_param_group({**group, **names})
+        return wrapper
+
+    def _build_stock(self, model: nn.Module) -> OptimWrapper:
+        try:
+            wrapper = ROOT.build(self.stock)(model)
+        except ValueError as error:
+            if 'empty parameter list' not in str(error):
+                raise
+            wrapper = None
+        if not hasattr(wrapper, 'optimizer'):
+            raise ValueError(
+                f'{self.stock["type"]} builds several optimizers, or one for a frozen part: use a '
+                'constructor of one optimizer for the whole model; what is tuned in the backbone '
+                'has groups of its own (paramwise_cfg.prompt_lr_mult)'
+            )
         return wrapper
 
     def _prompt_groups(self, model: nn.Module) -> list[dict]:

@@ -70,8 +70,11 @@ def _of_default_type(config: dict) -> bool:
 
 
 def _find(name: str) -> type[nn.Module] | None:
-    """The prompt type of a name, with or without the scope."""
-    return PROMPTS.get(name.removeprefix('protune_mm.'))
+    """The prompt type of a name, with or without the scope, or of a class's full name.
+
+    The latter is how pure-Python configs hand on a class.
+    """
+    return PROMPTS.get(name.removeprefix('protune_mm.')) or PROMPTS.get(name)
 
 
 def own_options(config: dict) -> dict:

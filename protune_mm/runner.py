@@ -21,7 +21,7 @@ from mmengine.dist import (
     is_distributed,
     is_main_process,
 )
-from mmengine.hooks import CheckpointHook, Hook
+from mmengine.hooks import Hook
 from mmengine.model import MMDistributedDataParallel, is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .checkpoints import FillBaseHook, TunedCheckpointHook, note_origin
 from .config import is_protuned, resolve
-from .files import SafeCheckpointHook, last_good_checkpoint, whole_file
+from .files import last_good_checkpoint, safe_hook, whole_file
 from .hooks import FiniteLossHook, FrozenGuardHook
 from .optim import check_warmup, wrap_constructor
 from .registry import RUNNERS
@@ -38,7 +38,6 @@ from .resume import ExactResumeHook, PreemptionHook, unsignalled
 from .show import TuningReportHook
 from .tuned import backbones
 
-STOCK_CHECKPOINT_HOOK = ('CheckpointHook', 'mmengine.CheckpointHook', CheckpointHook)
 LOCK = '.training'
 """Name of the file in a work folder that a running training holds locked."""
 
@@ -63,13 +62,15 @@ class CarefulRunner:
     def register_hooks(self, default_hooks: Any = None, custom_hooks: Any = None) -> None:
         """Register the config's hooks, and those of ours that the config does not name.
 
-        The checkpoint hook is ours, too, where the config names the stock one.
+        The checkpoint hook is ours, too, where the config names the stock one, or one of its
+        user's that derives from it.
         """
         default_hooks = dict(default_hooks or {})
         default_hooks.setdefault('checkpoint', dict(type='CheckpointHook'))
         checkpoint = default_hooks['checkpoint']
-        if isinstance(checkpoint, dict) and checkpoint.get('type', None) in STOCK_CHECKPOINT_HOOK:
-            default_hooks['checkpoint'] = dict(checkpoint, type=SafeCheckpointHook)
+        if isinstance(checkpoint, dict):
+            kind = safe_hook(checkpoint.get('type', None))
+            default_hooks['checkpoint'] = dict(checkpoint, type=kind)
         super().register_hooks(default_hooks, custom_hooks)
         for hook in self.own_hooks():
             if not any(isinstance(there, hook) for there in self.hooks):

@@ -21,6 +21,8 @@ class LoadRecord:
     Attributes:
         given: the weights were there before the backbone was Pro-tuned, so nothing is asked.
         names: names, inside the backbone, of the tensors loaded so far.
+        versions: of these tensors, as they were loaded: autograd counts each change.
+        redrawn: names of those that an initialization has drawn anew since.
         prefix: name of the backbone inside the model of the load that is going on.
         foreign: keys of the last load that the backbone does not have.
         misshapen: names whose tensor in the last load had another shape, which PyTorch reports
@@ -30,26 +32,48 @@ class LoadRecord:
 
     given: bool = True
     names: set[str] = field(default_factory=set)
+    versions: dict[str, int] = field(default_factory=dict)
+    redrawn: set[str] = field(default_factory=set)
     prefix: str = ''
     foreign: list[str] = field(default_factory=list)
     misshapen: set[str] = field(default_factory=set)
     checked: bool = False
 
-    def note(self, own: list[str], missing: set[str], unexpected: list[str]) -> None:
+    def note(self, own: dict[str, Tensor], missing: set[str], unexpected: list[str]) -> None:
         """Record one load.
 
         Args:
-            own: names of all frozen tensors inside the backbone.
+            own: all frozen tensors inside the backbone by name.
             missing: full names that the loaded file lacks.
             unexpected: full names in the file that nothing asked for.
         """
-        self.names.update(
+        found = {
             name
             for name in own
             if f'{self.prefix}{name}' not in missing and name not in self.misshapen
-        )
+        }
+        self.names |= found
+        self.redrawn -= found
+        self.versions |= {name: own[name]._version for name in found}
         self.foreign = [key for key in unexpected if key.startswith(self.prefix)]
         self.checked = False
+
+    def forget_redrawn(self, own: dict[str, Tensor]) -> None:
+        """Count as not loaded what has changed since, as stock rules run after ``init_cfg`` can.
+
+        mmengine's modules skip their own rules for an ``init_cfg`` that is a dict of the type
+        ``'Pretrained'``, and for no other: not for a list with one.
+
+        Args:
+            own: all frozen tensors inside the backbone by name.
+        """
+        changed = {
+            name
+            for name in self.names
+            if name in own and own[name]._version != self.versions.get(name)
+        }
+        self.names -= changed
+        self.redrawn |= changed
 
     def problem(self, backbone: nn.Module, tensors: dict[str, Tensor]) -> str | None:
         """One line about missing weights, or None where all is well.
@@ -81,6 +105,12 @@ class LoadRecord:
         if not lacking:
             return None
         kind = type(backbone).__name__
+        if lacking[0] in self.redrawn:
+            return (
+                f'{kind} is frozen, but {len(lacking)} of its tensors, first {lacking[0]}, were '
+                'drawn anew after they had been loaded: write init_cfg=dict(_delete_=True, type='
+                "'Pretrained', checkpoint=...), a dict and no list"
+            )
         if self.names or self.foreign or self.misshapen:
             foreign = f'; the file has e.g. {self.foreign[0]} instead' if self.foreign else ''
             if lacking[0] in self.misshapen:

@@ -275,6 +275,23 @@ def test_a_part_of_a_whole_models_file_can_be_the_base(tmp_path, base, monkeypat
     assert same(other, flat(backbone(image())))
 
 
+def test_a_head_inside_the_frozen_part_is_told(log):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer1, self.fc = nn.Sequential(nn.Conv2d(3, 8, 3)), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.fc(self.layer1(x).mean((2, 3)))
+
+    net = protune_mm.protune(Net(), stages=['layer1'])
+    assert "'fc' of Net looks like a classifier, and is frozen, too" in log.text
+    tuned_state_dict(net)
+    net.fc = nn.Linear(8, 5)
+    with pytest.raises(ValueError, match=r"'fc\.weight' requires a gradient, and is of a backbone"):
+        tuned_state_dict(net)
+
+
 def test_merged_and_given_modules_have_an_identity_too():
     stock = MODELS.build(dict(type='mmdet.ResNet', depth=18))
     backbone = trained(protune_mm.protune(stock))

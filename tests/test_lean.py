@@ -6,13 +6,15 @@ import pickle
 import pytest
 import torch
 from mmcv.cnn.bricks import Conv2dAdaptivePadding, Swish
+from mmengine.model import revert_sync_batchnorm
+from mmengine.model.utils import _BatchNormXd
 from mmengine.registry import MODELS
-from mmengine.utils.dl_utils.parrots_wrapper import SyncBatchNorm
 from torch import nn
 
 import protune_mm
 from protune_mm.lean import LeanOptions, lean_form, make_lean, masks
 from protune_mm.lean.memory import Storages, kept_bytes
+from protune_mm.tuned import prompts
 from tests.conftest import EXAMPLES, build_protuned, flat, image, move_prompts
 
 MODES = ('memory', 'time')
@@ -282,8 +284,7 @@ LAYERS = [
     *CONVS,
     nn.BatchNorm2d(8),
     nn.BatchNorm2d(8, affine=False),
-    nn.SyncBatchNorm(8),
-    SyncBatchNorm(8),
+    _BatchNormXd(8),
     nn.GroupNorm(2, 8),
     nn.ReLU(),
     nn.ReLU(inplace=True),
@@ -349,6 +350,24 @@ def test_synchronized_batch_norms_are_folded():
     assert kept_bytes(synced, x) == kept_bytes(plain, x)
     stock = small(False, norm_cfg=dict(type='SyncBN'))
     assert_same(step(stock, x), step(synced, x), 1e-5)  # float32
+    # As mmengine's Runner has it in one process.
+    reverted = revert_sync_batchnorm(small(True, norm_cfg=dict(type='SyncBN')))
+    assert kept_bytes(reverted, x) == kept_bytes(plain, x)
+
+
+@pytest.mark.parametrize(
+    'more', [dict(stages='inside', prompt='principal'), dict(prompt=dict(type='ScaleShift'))]
+)
+def test_prompts_on_synchronized_batch_norms_stay(more):
+    tuned = small(True, norm_cfg=dict(type='SyncBN'), **more)
+    count = len(prompts(tuned))
+    x = image()
+    tuned(x)  # The first batch sets what `principal` starts from.
+    before = step(tuned, x)
+    tuned.zero_grad()
+    reverted = revert_sync_batchnorm(tuned)
+    assert len(prompts(reverted)) == count
+    assert_same(before, step(reverted, x), 1e-5)  # float32
 
 
 @pytest.mark.parametrize('shape', [(1,), (8,), (13,), (2, 3, 5, 7), (1, 16, 4, 4)])

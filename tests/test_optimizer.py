@@ -144,6 +144,33 @@ def test_nothing_to_train_is_an_error():
         build_optim_wrapper(model, wrap_constructor(dict(optimizer=SGD)))
 
 
+def test_several_optimizers_are_refused():
+    from mmengine.optim import OptimWrapper, OptimWrapperDict
+    from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
+
+    def constructor(part):
+        class Several:
+            def __init__(self, optim_wrapper_cfg, paramwise_cfg=None):
+                pass
+
+            def __call__(self, model):
+                one = torch.optim.SGD(getattr(model, part).parameters(), lr=0.1)
+                return OptimWrapperDict(one=OptimWrapper(one))
+
+        return Several
+
+    for part in ('backbone', 'head'):
+        name = f'Several{part}'
+        OPTIM_WRAPPER_CONSTRUCTORS.register_module(name=name, module=constructor(part))
+        try:
+            with pytest.raises(ValueError, match=f'{name} builds several optimizers'):
+                build_optim_wrapper(
+                    Model(resnet()), wrap_constructor(dict(optimizer=SGD, constructor=name))
+                )
+        finally:
+            OPTIM_WRAPPER_CONSTRUCTORS.module_dict.pop(name)
+
+
 def test_wrapping_twice_changes_nothing():
     once = wrap_constructor(dict(optimizer=SGD, constructor='X', paramwise_cfg=dict(a=1)))
     assert once['constructor'] == OURS

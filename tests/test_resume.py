@@ -18,7 +18,7 @@ from mmengine.utils import ManagerMixin
 
 import protune_mm
 from protune_mm import cli
-from protune_mm.files import last_good_checkpoint
+from protune_mm.files import SafeCheckpointHook, last_good_checkpoint, safe_hook
 from protune_mm.resume import SIGNALS, PreemptionHook
 from protune_mm.tuned import frozen_keys, frozen_tensors
 from tests.conftest import CLS
@@ -315,6 +315,24 @@ def test_names_and_folders_of_ones_own(tmp_path, caplog):
     (folder / 'model_3.pth').write_bytes((folder / 'model_2.pth').read_bytes()[:-9])
     os.utime(folder / 'model_1.pth', (1000, 1000))
     assert last_good_checkpoint(str(tmp_path)) == str(folder / 'model_2.pth')
+
+
+def test_a_checkpoint_hook_under_any_name_is_the_safe_one():
+    from mmengine.hooks import CheckpointHook
+
+    class Mine(CheckpointHook):
+        def _save_checkpoint(self, runner):
+            return 'mine'
+
+    for name in ('CheckpointHook', 'mmengine.CheckpointHook', 'mmengine.hooks.CheckpointHook',
+                 CheckpointHook):  # fmt: skip
+        assert safe_hook(name) is SafeCheckpointHook
+    made = safe_hook(Mine)(interval=1)
+    assert isinstance(made, SafeCheckpointHook)
+    assert isinstance(made, Mine)
+    assert made._save_checkpoint(None) == 'mine'
+    assert safe_hook(type(made)) is type(made)
+    assert safe_hook('EMAHook') == 'EMAHook'
 
 
 def test_other_files_in_the_folder_are_not_resumed(pictures, base, tmp_path):

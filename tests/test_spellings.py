@@ -4,12 +4,13 @@ import sys
 
 import pytest
 from mmengine.config import Config
-from mmengine.registry import RUNNERS
+from mmengine.registry import MODELS, RUNNERS
 
 import protune_mm
 from protune_mm import cli
 from protune_mm.config import config_backbones, load_config, protune_config
 from protune_mm.runner import ProTuneRunner
+from protune_mm.tuned import prompts
 from tests.conftest import run_tool
 
 STOCK = {
@@ -206,3 +207,22 @@ def test_our_paths_resolve_in_a_fresh_process():
     )
     assert 'protune_mm.ProTuneRunner' in run_tool('-c', code).stdout
     assert sys.version_info >= (3, 10)
+
+
+def test_pure_python_configs_import_what_others_name(tmp_path):
+    path = tmp_path / 'config.py'
+    path.write_text(
+        'from mmdet.models.backbones import ResNet\n'
+        'from protune_mm import ProTuned, ProTuneRunner\n'
+        'from protune_mm.prompts import ScaleShift\n'
+        'runner_type = ProTuneRunner\n'
+        'backbone = dict(type=ProTuned, base=ResNet, depth=18, prompt=dict(type=ScaleShift))\n'
+    )
+    cfg = Config.fromfile(path)
+    assert cfg.runner_type is ProTuneRunner
+    for config in (cfg, _dumped(cfg, tmp_path)):
+        found = prompts(MODELS.build(config.backbone)).values()
+        assert {type(prompt).__name__ for prompt in found} == {'ScaleShift'}
+    assert protune_mm.FewLabels.__name__ == 'FewLabels'
+    with pytest.raises(AttributeError, match="no attribute 'AdamW'"):
+        protune_mm.AdamW

@@ -1,6 +1,7 @@
 """A frozen backbone without its weights is loud, and an error when asked."""
 
 import logging
+import re
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from mmengine.config import ConfigDict
 from mmengine.registry import MODELS
 from mmengine.runner import load_checkpoint
 
+from protune_mm.checkpoints import tuned_state_dict
 from protune_mm.tuned import prompts
 from tests.conftest import EVERY, EXAMPLES, build_protuned, build_stock, image
 
@@ -201,3 +203,26 @@ def test_on_a_gpu_what_comes_after_starts_as_without_prompts():
         backbone.init_weights()
         drawn.append(torch.rand(3, device='cuda'))
     assert torch.equal(*drawn)
+
+
+def test_weights_that_a_stock_rule_draws_anew_are_a_problem(tmp_path, log):
+    """As MMPretrain's transformers do where `init_cfg` is a list."""
+    config = dict(base='mmpretrain.VisionTransformer', arch='deit-tiny', img_size=32)
+    path = tmp_path / 'base.pth'
+    torch.save(MODELS.build(dict(type='protune_mm.ProTuned', **config)).state_dict(), path)
+    rule = dict(type='Pretrained', checkpoint=str(path))
+    whole = MODELS.build(dict(type='protune_mm.ProTuned', **config, init_cfg=rule))
+    whole.init_weights()
+    whole(torch.zeros(1, 3, 32, 32))
+    assert 'drawn anew' not in log.text
+    drawn = MODELS.build(dict(type='protune_mm.ProTuned', **config, init_cfg=[rule]))
+    drawn.init_weights()
+    drawn(torch.zeros(1, 3, 32, 32))
+    assert re.search(r'first pos_embed, were drawn anew after they had been loaded', log.text)
+    # So the file can be loaded again.
+    assert 'pos_embed' in tuned_state_dict(drawn)
+    asked = dict(config, init_cfg=[rule], require_weights=True)
+    asked = MODELS.build(dict(type='protune_mm.ProTuned', **asked))
+    asked.init_weights()
+    with pytest.raises(RuntimeError, match='a dict and no list'):
+        asked(torch.zeros(1, 3, 32, 32))

@@ -36,7 +36,6 @@ from .layout import give_contiguous
 TORCH: dict[type, type] = {
     nn.Conv2d: LeanConv2d,
     nn.BatchNorm2d: LeanBatchNorm,
-    nn.SyncBatchNorm: LeanBatchNorm,
     nn.Linear: LeanLinear,
     nn.LayerNorm: LeanLayerNorm,
     nn.GroupNorm: LeanGroupNorm,
@@ -48,7 +47,7 @@ LIBRARIES: dict[str, type] = {
     'mmcv.cnn.bricks.wrappers.Conv2d': LeanConv2d,
     'mmcv.cnn.bricks.conv2d_adaptive_padding.Conv2dAdaptivePadding': LeanConv2dAdaptivePadding,
     'mmcv.cnn.bricks.swish.Swish': LeanSwish,
-    'mmengine.utils.dl_utils.parrots_wrapper.SyncBatchNorm': LeanBatchNorm,
+    'mmengine.model.utils._BatchNormXd': LeanBatchNorm,
     'mmcv.cnn.bricks.wrappers.Linear': LeanLinear,
     'mmcv.cnn.bricks.transformer.MultiheadAttention': LeanTorchAttention,
     'mmpretrain.models.utils.norm.LayerNorm2d': LeanLayerNorm2d,
