@@ -14,7 +14,7 @@ methods = [
 lrs = [3e-4, 1e-3, 3e-3, 1e-2]
 seeds = [0, 1, 2]
 # For tasks where three left Pro-tuning and full fine-tuning nearer than the standard error of their
-# difference in any row, whichever was ahead. camvid-instances is to follow.
+# difference in any row, whichever was ahead.
 more_seeds = [0, 1, 2, 3, 4]
 
 size = 80
@@ -169,6 +169,7 @@ tasks = {
         config='configs/small/mask_rcnn_protune_mobilenetv2_camvid.py',
         backbone='MobileNetV2',
         metrics=['coco/segm_mAP', 'coco/bbox_mAP'],
+        seeds=more_seeds,
         fractions=[1.0],
         steps=300,
         lrs=[1e-3, 2e-3, 4e-3],
