@@ -113,6 +113,7 @@ def fetch(backbone: nn.Module, origin: dict) -> None:
         RuntimeError: the file cannot be read.
     """
     print_log(f'fetching the base from {origin["checkpoint"]}', logger='current')
+    backbone._protune.fetching = origin['checkpoint']
     try:
         if origin.get('model') or not hasattr(backbone, 'init_weights'):
             _load_part(backbone, origin['checkpoint'], origin.get('prefix', ''))
@@ -123,6 +124,8 @@ def fetch(backbone: nn.Module, origin: dict) -> None:
             f'the base of {type(backbone).__name__} cannot be read from {origin["checkpoint"]}: '
             f'{error}'
         ) from error
+    finally:
+        backbone._protune.fetching = ''
 
 
 def _initialize(backbone: nn.Module, origin: dict) -> None:
@@ -170,6 +173,8 @@ def provide(backbone: nn.Module, told: Identity) -> None:
     state = backbone._protune
     if backbone.protune_fingerprint() == told.fingerprint:
         return
+    if state.fetching:
+        raise RuntimeError(f'{state.fetching} holds prompts, and not their base')
     if any(parameter.is_meta for parameter in backbone.parameters()):
         origin = {key: told.origin.get(key) for key in ('checkpoint', 'prefix')}
         raise RuntimeError(

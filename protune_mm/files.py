@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Iterator
@@ -73,7 +74,12 @@ def safe_hook(kind: str | type) -> str | type:
         return found
     if found is CheckpointHook:
         return SafeCheckpointHook
-    return type(found.__name__, (SafeCheckpointHook, found), {'__module__': found.__module__})
+    return _safe(found)
+
+
+@functools.cache
+def _safe(kind: type) -> type:
+    return type(kind.__name__, (SafeCheckpointHook, kind), {'__module__': kind.__module__})
 
 
 class _LateRemoval:
@@ -178,10 +184,10 @@ def _is_after(path: Path, last: Path) -> bool:
 
 
 def _differ_in_number(path: Path, other: str) -> bool:
-    """Whether the names of two files are the same but for one number."""
+    """Whether the names of two files are the same but for the last number."""
     mine, its = (re.split(r'(\d+)', name) for name in (path.name, Path(other).name))
     differ = [i for i, (a, b) in enumerate(zip(mine, its, strict=False)) if a != b]
-    return len(mine) == len(its) and len(differ) == 1 and differ[0] % 2 == 1
+    return len(mine) == len(its) and differ == [len(mine) - 2]
 
 
 def _kind_of(path: Path) -> tuple[str, int]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import nn
 
 from .inject import placed_options
-from .lean import forget
+from .lean import forget, hold_in_float32
 from .prompted import PromptedBlock, sets_of
 from .subclass import remove_mixin
 from .tuned import backbones
@@ -18,7 +18,8 @@ def merge(model: nn.Module) -> nn.Module:
 
     Outputs stay the same but for rounding, and ``state_dict`` has the stock keys again. The
     backbones stay frozen, as with ``policy='head-only'``, and checkpoints hold their weights: they
-    are those of no base any more. Weights of a lower precision than their prompt get that of it.
+    are those of no base any more. What ``lean.dtype`` holds in a lower precision, in which a small
+    change would be lost, is held in float32 from then on.
 
     Args:
         model: a backbone or anything that contains one, changed in place.
@@ -28,7 +29,7 @@ def merge(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: a prompt is of a type that computes no change of weights, as most are, or a
-            backbone has several sets of prompts. The model is unchanged then.
+            backbone has :class:`PromptSets`. The model is unchanged then.
     """
     places = [m for m in model.modules() if isinstance(m, PromptedBlock)]
     for layer in places:
@@ -36,12 +37,18 @@ def merge(model: nn.Module) -> nn.Module:
             raise ValueError(
                 f'{type(layer.prompt).__name__} cannot be merged: it is no change of weights'
             )
-    for name, backbone in backbones(model).items():
+    for backbone in backbones(model).values():
         if backbone in sets_of:
             raise ValueError(
-                f"'{name}' has several sets of prompts (PromptSets), and its weights can have one: "
-                'load the prompts to merge into a model without sets'
+                f'{type(backbone).__name__} has PromptSets, and its weights can have the prompts '
+                'of one: load these into a model without sets'
             )
+    for backbone in backbones(model).values():
+        lean = backbone._protune.options.lean
+        if backbone._protune.places and lean is not None and lean.dtype:
+            lean = replace(lean, dtype=None)
+            backbone._protune.options = replace(backbone._protune.options, lean=lean)
+            hold_in_float32(backbone, lean)
     for layer in places:
         prompt = layer._modules.pop('prompt')
         prompt.merge_into(layer)

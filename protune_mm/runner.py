@@ -68,9 +68,8 @@ class CarefulRunner:
         default_hooks = dict(default_hooks or {})
         default_hooks.setdefault('checkpoint', dict(type='CheckpointHook'))
         checkpoint = default_hooks['checkpoint']
-        if isinstance(checkpoint, dict):
-            kind = safe_hook(checkpoint.get('type', None))
-            default_hooks['checkpoint'] = dict(checkpoint, type=kind)
+        if isinstance(checkpoint, dict) and 'type' in checkpoint:
+            default_hooks['checkpoint'] = dict(checkpoint, type=safe_hook(checkpoint['type']))
         super().register_hooks(default_hooks, custom_hooks)
         for hook in self.own_hooks():
             if not any(isinstance(there, hook) for there in self.hooks):

@@ -46,6 +46,7 @@ class State:
         loads: which frozen tensors have received weights.
         initialized: its prompts have been given their start by ``init_weights``.
         initializing: its ``init_weights`` is running, and may load what ``init_cfg`` names.
+        fetching: address of the base that is being loaded for a checkpoint of prompts.
         contiguous: it runs on contiguous maps: its forward cannot run on others, or nobody has
             looked whether it can.
         base_checkpoint: where its user says that its base lies, for checkpoints without it.
@@ -64,6 +65,7 @@ class State:
     loads: LoadRecord = field(default_factory=LoadRecord)
     initialized: bool = False
     initializing: bool = False
+    fetching: str = ''
     contiguous: bool = False
     base_checkpoint: str | None = None
     origin: dict = field(default_factory=dict)

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from .lean import version_of
+
 COMPUTED = ('relative_coords_table',)
 """Buffers that stock loading leaves out: MMPretrain's SwinTransformerV2 makes them anew."""
 
@@ -21,7 +23,8 @@ class LoadRecord:
     Attributes:
         given: the weights were there before the backbone was Pro-tuned, so nothing is asked.
         names: names, inside the backbone, of the tensors loaded so far.
-        versions: of these tensors, as they were loaded: autograd counts each change.
+        versions: identity and version of these tensors, as they were loaded: autograd counts
+            changes in place, but for those of ``tensor.data``.
         redrawn: names of those that an initialization has drawn anew since.
         prefix: name of the backbone inside the model of the load that is going on.
         foreign: keys of the last load that the backbone does not have.
@@ -32,7 +35,7 @@ class LoadRecord:
 
     given: bool = True
     names: set[str] = field(default_factory=set)
-    versions: dict[str, int] = field(default_factory=dict)
+    versions: dict[str, tuple[int, int]] = field(default_factory=dict)
     redrawn: set[str] = field(default_factory=set)
     prefix: str = ''
     foreign: list[str] = field(default_factory=list)
@@ -54,7 +57,7 @@ class LoadRecord:
         }
         self.names |= found
         self.redrawn -= found
-        self.versions |= {name: own[name]._version for name in found}
+        self.versions |= {name: _state(own[name]) for name in found}
         self.foreign = [key for key in unexpected if key.startswith(self.prefix)]
         self.checked = False
 
@@ -67,11 +70,12 @@ class LoadRecord:
         Args:
             own: all frozen tensors inside the backbone by name.
         """
-        changed = {
-            name
-            for name in self.names
-            if name in own and own[name]._version != self.versions.get(name)
-        }
+        changed = set()
+        for name in self.names & own.keys():
+            before, now = self.versions.get(name), _state(own[name])
+            # A copy of the module has other tensors, which were not seen loading.
+            if before is not None and before[0] == now[0] and before != now:
+                changed.add(name)
         self.names -= changed
         self.redrawn |= changed
 
@@ -107,9 +111,10 @@ class LoadRecord:
         kind = type(backbone).__name__
         if lacking[0] in self.redrawn:
             return (
-                f'{kind} is frozen, but {len(lacking)} of its tensors, first {lacking[0]}, were '
-                'drawn anew after they had been loaded: write init_cfg=dict(_delete_=True, type='
-                "'Pretrained', checkpoint=...), a dict and no list"
+                f'{kind} is frozen, but {len(self.redrawn.intersection(lacking))} of its tensors, '
+                f'first {lacking[0]}, were drawn anew after they had been loaded: give init_cfg='
+                "dict(type='Pretrained', checkpoint=...), a dict and no list (with _delete_=True "
+                'where it takes the place of a list), or load after init_weights()'
             )
         if self.names or self.foreign or self.misshapen:
             foreign = f'; the file has e.g. {self.foreign[0]} instead' if self.foreign else ''
@@ -124,3 +129,7 @@ class LoadRecord:
             f'{kind} is frozen, but no weights were loaded into it: give init_cfg='
             "dict(type='Pretrained', checkpoint=...), load_from=... or a checkpoint"
         )
+
+
+def _state(tensor: Tensor) -> tuple[int, int]:
+    return id(tensor), version_of(tensor)

@@ -366,6 +366,9 @@ def test_a_file_with_prompts_in_init_cfg_needs_a_base_that_can_be_had(base, tmp_
     other = resnet(init_cfg=init, base_checkpoint=str(base))
     other.init_weights()
     assert same(other, flat(backbone(image())))
+    slip = str(tmp_path / 'tuned.pth')
+    with pytest.raises(RuntimeError, match=r'tuned\.pth: \S*tuned\.pth holds prompts, and not'):
+        resnet(base_checkpoint=slip).load_state_dict(tuned_state_dict(backbone))
 
 
 def test_the_base_of_load_from_is_found_beside_init_cfg(tmp_path, base, monkeypatch):

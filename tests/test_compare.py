@@ -24,6 +24,7 @@ def test_compare_trains_tests_and_remembers(shapes, tmp_path):
     channels = (24, 32, 96, 320)
     assert rows[1]['parameters']['prompts'] == sum(5 * c + 54 for c in channels)
     assert all(-1 <= row['test'] <= 1 and len(row['val_curve']) == 1 for row in rows)
+    assert all(row['rule'] == 'greater' for row in rows)
     table = (tmp_path / 'README.md').read_text()
     assert '| head-only | Pro-tuned | full fine-tuning |' in table
     assert '| not run |' in table
@@ -37,9 +38,9 @@ def test_the_learning_rate_is_picked_by_validation(monkeypatch):
     from compare import picked
 
     rows = [
-        dict(config='a', policy='full', val=0.2, test=0.9, val_curve=[0.1, 0.2]),
-        dict(config='a', policy='full', val=0.3, test=0.1, val_curve=[0.3, 0.2]),
-        dict(config='b', policy='full', val=0.9, test=0.5, val_curve=[0.9, 0.2]),
+        dict(config='a', policy='full', val=0.2, test=0.9, rule='greater'),
+        dict(config='a', policy='full', val=0.3, test=0.1),
+        dict(config='b', policy='full', val=0.9, test=0.5),
     ]
     assert picked(rows, 'a', 'full') is rows[1]
     assert picked(rows, 'a', 'prompts') is None
@@ -50,8 +51,8 @@ def test_of_a_loss_the_least_is_picked(monkeypatch):
     from compare import picked
 
     rows = [
-        dict(config='a', policy='full', val=0.2, val_curve=[0.3, 0.2]),
-        dict(config='a', policy='full', val=0.3, val_curve=[0.3, 0.4]),
+        dict(config='a', policy='full', val=0.2, rule='less'),
+        dict(config='a', policy='full', val=0.3, rule='less'),
     ]
     assert picked(rows, 'a', 'full') is rows[0]
 

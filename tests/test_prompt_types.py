@@ -212,8 +212,16 @@ def lora_resnet(**more):
     ).eval()  # fmt: skip
 
 
-def test_weights_of_low_precision_keep_a_small_change():
-    tuned = lora_resnet(lean=dict(dtype='bfloat16'))
+LORA_BASES = (
+    dict(base='mmdet.ResNet', depth=18),
+    dict(base='mmpretrain.VisionTransformer', arch='deit-tiny', img_size=(64, 96)),
+)
+
+
+@pytest.mark.parametrize('base', LORA_BASES)
+def test_weights_of_low_precision_keep_a_small_change(base):
+    config = dict(type='protune_mm.ProTuned', prompt=dict(type='LoRA'), **base)
+    tuned = MODELS.build({**config, 'lean': dict(dtype='bfloat16')}).eval()
     stock = [out.detach() for out in flat(tuned(image()))]
     for prompt in prompts(tuned).values():
         nn.init.normal_(prompt.up.weight, std=1e-4)
@@ -222,6 +230,10 @@ def test_weights_of_low_precision_keep_a_small_change():
     for a, b, c in zip(expected, flat(tuned(image())), stock, strict=True):
         # Of the change alone, which bfloat16 rounds away.
         assert (a - b).abs().max() <= 1e-2 * (a - c).abs().max()
+    other = MODELS.build({**config, 'policy': 'head-only'}).eval()
+    other.load_state_dict(tuned_state_dict(tuned))
+    for a, b in zip(flat(other(image())), flat(tuned(image())), strict=True):
+        assert (a - b).abs().max() <= 1e-4 * a.abs().max()  # float32
 
 
 def test_what_is_merged_is_of_another_base():
@@ -241,7 +253,7 @@ def test_what_is_merged_is_of_another_base():
 def test_several_sets_are_not_merged():
     tuned = lora_resnet()
     protune_mm.PromptSets(tuned)
-    with pytest.raises(ValueError, match='has several sets of prompts'):
+    with pytest.raises(ValueError, match='ResNet has PromptSets'):
         protune_mm.merge(tuned)
     tuned(image())
 

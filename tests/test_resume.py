@@ -309,7 +309,8 @@ def test_which_checkpoint_is_the_last(tmp_path):
 def test_names_and_folders_of_ones_own(tmp_path, caplog):
     folder = tmp_path / 'elsewhere'
     folder.mkdir()
-    for name in ('model_1.pth', 'model_2.pth', 'best_1.pth', 'model_2_ema.pth'):
+    names = ('model_1.pth', 'model_2.pth', 'best_1.pth', 'model_2_ema.pth')
+    for name in names:
         torch.save(dict(state_dict={}), folder / name)
     (tmp_path / 'last_checkpoint').write_text(str(folder / 'model_3.pth'))
     (folder / 'model_3.pth').write_bytes((folder / 'model_2.pth').read_bytes()[:-9])

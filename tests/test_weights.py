@@ -1,5 +1,6 @@
 """A frozen backbone without its weights is loud, and an error when asked."""
 
+import copy
 import logging
 import re
 
@@ -226,3 +227,20 @@ def test_weights_that_a_stock_rule_draws_anew_are_a_problem(tmp_path, log):
     asked.init_weights()
     with pytest.raises(RuntimeError, match='a dict and no list'):
         asked(torch.zeros(1, 3, 32, 32))
+
+
+def test_what_is_no_new_draw(tmp_path, log):
+    stock = MODELS.build(dict(type='mmdet.ResNet', depth=18)).state_dict()
+    torch.save(stock, tmp_path / 'base.pth')
+    rule = dict(type='Pretrained', checkpoint=str(tmp_path / 'base.pth'))
+    config = dict(type='protune_mm.ProTuned', base='mmdet.ResNet', depth=18, init_cfg=rule)
+    backbone = MODELS.build({**config, 'require_weights': True})
+    backbone.init_weights()
+    for again in (copy.deepcopy(backbone), backbone.double()):
+        again.init_weights()
+        again(torch.zeros(1, 3, 32, 32, dtype=next(again.parameters()).dtype))
+    with torch.inference_mode():
+        backbone = MODELS.build({**config, 'require_weights': True})
+        backbone.init_weights()
+        backbone.load_state_dict(stock)
+        backbone(torch.zeros(1, 3, 32, 32))

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from mmengine.config import DictAction
+from mmengine.hooks import CheckpointHook
 
 from protune_mm import cli
 from protune_mm.compat import stack_versions
@@ -72,7 +73,8 @@ def key_of(row: dict) -> tuple:
 def run(config: str, policy: str, args: argparse.Namespace) -> dict:
     """Train, pick by validation, test; return one line of results."""
     cfg = cli.read_config(config, policy=policy, options=parsed(args.cfg_options))
-    metric = cfg.default_hooks.checkpoint.save_best
+    hook = cfg.default_hooks.checkpoint
+    metric = hook.save_best
     name = '-'.join([policy, f'seed{args.seed}', *map(short, args.cfg_options)])
     work = Path(args.work_dir) / Path(config).stem / name
     options = [f'randomness.seed={args.seed}', *args.cfg_options]
@@ -101,6 +103,7 @@ def run(config: str, policy: str, args: argparse.Namespace) -> dict:
         'options': args.cfg_options,
         'seed': args.seed,
         'metric': metric,
+        'rule': CheckpointHook(save_best=metric, rule=hook.get('rule')).rules[0],
         'epochs': max(curve),
         'best_epoch': best,
         'val': curve[best],
@@ -227,8 +230,8 @@ def picked(rows: list, config: str, policy: str) -> dict | None:
 
 
 def best_of(rows: list) -> Callable:
-    """max, or min where the hook picked checkpoints of less than the largest score: by a loss."""
-    return min if any(row['val'] < max(row['val_curve']) for row in rows) else max
+    """max, or min for a loss, as the hook picks checkpoints; older rows do not tell its rule."""
+    return min if any(row.get('rule') == 'less' for row in rows) else max
 
 
 if __name__ == '__main__':

@@ -163,6 +163,20 @@ def link(backbone: nn.Module) -> None:
     backbone.__dict__['_protune_linked'] = True
 
 
+def hold_in_float32(backbone: nn.Module, options: LeanOptions) -> None:
+    """Undo :attr:`LeanOptions.dtype`: hold the weights of lean layers in float32.
+
+    Args:
+        backbone: changed in place.
+        options: what its lean layers follow from now on.
+    """
+    for module in backbone.modules():
+        if '_protune_lean' in module.__dict__:
+            module._protune_lean = options
+            if isinstance(module, LeanConv2d | LeanLinear):
+                module.to(torch.float32)
+
+
 def foldable(backbone: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     """Pairs of a convolution and the batch norm that is all its output feeds.
 

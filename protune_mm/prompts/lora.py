@@ -125,5 +125,4 @@ class LoRA(Prompt):
     def merge_into(self, layer: nn.Module) -> None:
         """See :class:`Prompt`."""
         change = torch.einsum('or,rihw->oihw', self.up.weight[:, :, 0, 0], self.down.weight)
-        # In the wider of the two: weights held in bfloat16 would lose most of a small change.
-        layer.weight.data = layer.weight + (self.scale * change).reshape(layer.weight.shape)
+        layer.weight += (self.scale * change).reshape(layer.weight.shape).to(layer.weight.dtype)

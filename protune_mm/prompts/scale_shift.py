@@ -65,5 +65,5 @@ class ScaleShift(Prompt):
     def merge_into(self, layer: nn.Module) -> None:
         """See :class:`Prompt`."""
         gamma = 1 + self.scale.flatten()
-        layer.weight.data = layer.weight * gamma
-        layer.bias.data = layer.bias * gamma + self.shift.flatten()
+        layer.weight.mul_(gamma.to(layer.weight.dtype))
+        layer.bias.mul_(gamma.to(layer.bias.dtype)).add_(self.shift.flatten().to(layer.bias.dtype))
