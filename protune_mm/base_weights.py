@@ -146,8 +146,7 @@ def _initialize(backbone: nn.Module, origin: dict) -> None:
     finally:
         backbone.init_cfg = before
         backbone._is_init = was_init
-        # What it loads may have fetched a base of its own.
-        backbone.__dict__.pop('_dump_init_info', None)
+        del backbone._dump_init_info
         backbone._protune.initialized = prompts_set
 
 

@@ -138,7 +138,7 @@ def protune(
     # Some stock layers prepare what evaluation needs when they are told of it.
     mode = module.training
     module.train(False)
-    if policy in ('prompts', 'head-only'):
+    if keeps_lean_layers(policy):  # All of it stays frozen.
         make_local(module)
     if lean_as is not None:
         # Before the prompts: a prompted layer runs its lean form, then its prompt.
