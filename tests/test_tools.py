@@ -197,6 +197,35 @@ def test_auto_scale_lr_and_its_error(shapes, tmp_path):
     assert 'has no auto_scale_lr.base_batch_size' in done.stderr
 
 
+def test_shapes_replace_nothing_but_shapes(tmp_path):
+    def draw(out, **more):
+        few = ['--train', 1, '--val', 1, '--size', 48, 32]
+        return run_tool('tools/make_shapes.py', tmp_path / out, *few, **more)
+
+    draw('new/shapes')
+    draw('new/shapes')
+    assert [path.name for path in (tmp_path / 'new').iterdir()] == ['shapes']
+    mine = tmp_path / 'new/shapes/annotations/train.json'
+    for file, text in (
+        ('home/thesis.tex', 'years'),
+        # A COCO set of somebody else, and shapes with something beside them.
+        ('coco/annotations/train.json', '{"categories": [{"id": 1, "name": "cat"}]}'),
+        ('images/images/train/0001.png', ''),
+        ('mixed/notes.txt', 'mine'),
+        ('file', ''),
+    ):
+        path = tmp_path / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        if file.startswith('mixed'):
+            (tmp_path / 'mixed/annotations').mkdir()
+            (tmp_path / 'mixed/annotations/train.json').write_text(mine.read_text())
+        done = draw(Path(file).parts[0], check=False)
+        assert done.returncode == 2
+        assert 'is no folder of shapes alone' in done.stderr.splitlines()[-1]
+        assert path.read_text() == text
+
+
 @pytest.mark.parametrize('script', ['dist_train.sh', 'dist_test.sh', 'slurm_train.sh'])
 def test_the_shell_scripts_say_how_they_are_used(script):
     done = subprocess.run(['bash', f'tools/{script}'], capture_output=True, text=True)

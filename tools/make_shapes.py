@@ -9,13 +9,18 @@ has a box, a polygon and a class. The same arguments give the same bytes.
 import argparse
 import json
 import math
+import re
 import shutil
+import tempfile
 from pathlib import Path
 
 import cv2
 import numpy as np
 
 CLASSES = ('circle', 'square', 'triangle')
+CATEGORIES = [{'id': i, 'name': name} for i, name in enumerate(CLASSES, 1)]
+FILES = re.compile(r'images/(train|val)/\d{4,}\.png|annotations/(train|val)\.json')
+"""All that is in a folder that this tool has drawn."""
 
 
 def main() -> None:
@@ -26,15 +31,31 @@ def main() -> None:
     parser.add_argument('--size', type=int, nargs=2, default=(192, 144), help='width and height')
     parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args()
-    out = Path(args.out)
+    out = Path(args.out).resolve()
+    if out.exists() and not may_replace(out):
+        parser.error(f'{out} is there, and is no folder of shapes alone: name a new one')
+    out.parent.mkdir(parents=True, exist_ok=True)
     # Written beside and renamed, so that a folder that exists is a complete one.
-    part = out.with_name(f'{out.name}.part')
-    shutil.rmtree(part, ignore_errors=True)
-    for index, (split, count) in enumerate((('train', args.train), ('val', args.val))):
-        write_split(part, split, count, args.size, np.random.default_rng([args.seed, index]))
-    shutil.rmtree(out, ignore_errors=True)
-    part.rename(out)
-    print(f'{out}: {args.train} training and {args.val} validation images of shapes')
+    with tempfile.TemporaryDirectory(prefix=f'.{out.name}.', dir=out.parent) as beside:
+        part = Path(beside, out.name)
+        for index, (split, count) in enumerate((('train', args.train), ('val', args.val))):
+            write_split(part, split, count, args.size, np.random.default_rng([args.seed, index]))
+        if out.exists():
+            shutil.rmtree(out)
+        part.rename(out)
+    print(f'{args.out}: {args.train} training and {args.val} validation images of shapes')
+
+
+def may_replace(folder: Path) -> bool:
+    """Whether a folder is empty, or holds what this tool has drawn and nothing else."""
+    if not folder.is_dir():
+        return False
+    files = [path for path in folder.rglob('*') if not path.is_dir()]
+    if not all(FILES.fullmatch(path.relative_to(folder).as_posix()) for path in files):
+        return False
+    # A set of somebody else may have such names, too.
+    found = [json.dumps(CATEGORIES) in path.read_text() for path in files if path.suffix == '.json']
+    return all(found) and bool(found or not files)
 
 
 def write_split(root: Path, split: str, count: int, size: tuple, rng: np.random.Generator) -> None:
@@ -67,7 +88,7 @@ def write_split(root: Path, split: str, count: int, size: tuple, rng: np.random.
     document = {
         'images': images,
         'annotations': annotations,
-        'categories': [{'id': i + 1, 'name': name} for i, name in enumerate(CLASSES)],
+        'categories': CATEGORIES,
     }
     (root / 'annotations' / f'{split}.json').write_text(json.dumps(document))
 
