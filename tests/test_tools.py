@@ -271,3 +271,51 @@ def test_slurm_puts_a_signalled_job_back(tmp_path, status, requeued):
     assert out.exists() == requeued
     if requeued:
         assert out.read_text() == 'requeue 7\n'
+
+
+def slurm(folder, script='tools/slurm_train.sh', **more):
+    """Run the script with a stand-in for srun, which says its options and starts one process."""
+    body = 'while [ "$1" != bash ]; do echo "$1"; shift; done; SLURM_JOB_ID=${SLURM_JOB_ID:-70321} '
+    for name, text in (('srun', f'{body} exec "$@"'), ('python', 'echo "port $MASTER_PORT $@"')):
+        (folder / name).write_text(f'#!/bin/sh\n{text}\n')
+        (folder / name).chmod(0o755)
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(('SLURM', 'MASTER', 'PORT'))}
+    return subprocess.run(
+        ['bash', str(script), 'part', 'job', 'config.py', 'a work', '--resume'],
+        capture_output=True,
+        text=True,
+        env={**clean, **more, 'PATH': f'{folder}:{os.environ["PATH"]}'},
+    )
+
+
+@pytest.mark.parametrize(
+    ('given', 'port'),
+    [
+        ({}, 20321),  # srun makes the job.
+        ({'SLURM_JOB_ID': '1234567'}, 24567),
+        ({'SLURM_JOB_ID': '7', 'MASTER_PORT': '29999'}, 29999),
+        ({'MASTER_PORT': '29999', 'PORT': '30001'}, 30001),
+    ],
+)
+def test_slurm_trainings_have_ports_of_their_own(tmp_path, given, port):
+    done = slurm(tmp_path, **given)
+    assert done.returncode == 0, done.stderr
+    words = '-u tools/train.py config.py --work-dir a work --launcher slurm --resume'
+    assert done.stdout.splitlines()[-1] == f'port {port} {words}'
+
+
+@pytest.mark.parametrize(('gpus', 'per_node'), [('4', 4), ('16', 8)])
+def test_slurm_asks_for_no_more_gpus_than_are_used(tmp_path, gpus, per_node):
+    asked = slurm(tmp_path, GPUS=gpus).stdout.splitlines()
+    assert {f'--gres=gpu:{per_node}', f'--ntasks={gpus}', f'--ntasks-per-node={per_node}'} <= {
+        *asked
+    }
+
+
+def test_the_copy_that_sbatch_makes_says_how_to_submit(tmp_path):
+    copy = tmp_path / 'slurm_script'
+    copy.write_text(Path('tools/slurm_train.sh').read_text())
+    done = slurm(tmp_path, copy)
+    assert done.returncode == 2
+    assert 'Submit one that calls tools/slurm_train.sh' in done.stderr
+    assert not done.stdout
