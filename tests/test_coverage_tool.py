@@ -74,6 +74,14 @@ def test_a_wrong_fold_of_batch_norms_is_noticed(tool, monkeypatch):
             assert 'lean layers differ by' in tool['backbones'].check(RESNET)[0]
 
 
+def test_a_nan_in_any_output_is_a_difference(tool):
+    good, bad = torch.ones(1, 2), torch.full((1, 2), float('nan'))
+    for found in ([good, bad], [bad, good], [bad, bad]):
+        error = tool['backbones'].difference([good, good], found)
+        assert not error <= 1e9
+    assert tool['backbones'].difference([good, good], [good, good * 1.5]) == 0.5
+
+
 def test_every_block_matters_to_what_is_compared(tool):
     with DefaultScope.overwrite_default_scope('mmpretrain'):
         stock = tool['backbones'].stock_backbone(CONVNEXT)

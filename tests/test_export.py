@@ -161,6 +161,24 @@ def test_onnx_computes_the_same(trained, tmp_path, kind, backbone):
     assert [p.name for p in tmp_path.iterdir()] == ['model.onnx']
 
 
+@pytest.mark.filterwarnings('ignore')
+def test_onnx_of_other_outputs_is_not_written(trained, tmp_path, monkeypatch):
+    onnxruntime = pytest.importorskip('onnxruntime', reason='onnxruntime is not installed')
+    pytest.importorskip('onnxscript', reason='onnxscript is not installed')
+    config, checkpoint, _ = trained['seg']
+    model, _, cfg = export.load(str(config), str(checkpoint))
+
+    class Broken(onnxruntime.InferenceSession):
+        def run(self, *args):
+            first, *others = super().run(*args)
+            return [first, *(other * float('nan') for other in others)]
+
+    monkeypatch.setattr(onnxruntime, 'InferenceSession', Broken)
+    with pytest.raises(ValueError, match='differs from PyTorch by nan'):
+        export.to_onnx(model, cfg, tmp_path / 'model.onnx', (64, 96), backbone=True)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ('args', 'message'),
     [

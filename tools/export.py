@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner.checkpoint import _load_checkpoint, _load_checkpoint_to_model
+from stock_configs.backbones import difference
 from torch import Tensor, nn
 
 import protune_mm
@@ -55,8 +56,8 @@ def main() -> None:
         parser.error(f'{out.parent} is no folder')
     model, meta, cfg = load(args.config, args.checkpoint, args.protune)
     if args.what == 'onnx':
-        difference = to_onnx(model, cfg, out, tuple(args.shape or (224, 224)), args.backbone)
-        print(f'{out}: {size(out)}, differs from PyTorch by {difference:.1e} of the largest output')
+        worst = to_onnx(model, cfg, out, tuple(args.shape or (224, 224)), args.backbone)
+        print(f'{out}: {size(out)}, differs from PyTorch by {worst:.1e} of the largest output')
         return
     path = write(dict(meta=meta, state_dict=weights(model, args.what, args.half)), out)
     if args.publish:
@@ -192,8 +193,7 @@ def to_onnx(
         expected = list(expected) if isinstance(expected, tuple) else [expected]
         session = onnxruntime.InferenceSession(str(partial))
         got = session.run(None, {session.get_inputs()[0].name: images.numpy()})
-        pairs = zip(expected, map(torch.from_numpy, got), strict=True)
-        worst = max(float((a - b).abs().max() / a.abs().max().clamp_min(1e-12)) for a, b in pairs)
+        worst = difference(expected, list(map(torch.from_numpy, got)))
         if not worst <= TOLERANCE:
             raise ValueError(
                 f'onnx: onnxruntime differs from PyTorch by {worst:.1e} of the largest output: '
