@@ -1,6 +1,8 @@
 """tools/coverage.py tries stock configs, notes each result at once, and goes on where it was."""
 
 import json
+import runpy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -129,9 +131,53 @@ def test_what_was_not_run_is_not_ok(tool):
     build = dict(key='build mmdet::a.py', status='ok', reason='', file='mmdet::a.py')
     check = dict(key='backbone mmdet::a.py model.backbone', status='ok', reason='', type='ResNet',
                  structure=dict(depth=18), prompts=0.01)  # fmt: skip
+    step = dict(key='step mmdet::a.py', status='ok', reason='', file='mmdet::a.py')
     for rows in ([config], [config, build], [config, check]):
-        assert not tool['table'].complete(rows)
+        assert not tool['table'].complete(rows, ['mmdet::a.py'])
         assert '1 configs: 0 ok (0.0%)' in tool['table'].table(rows)
         assert '1 not run yet' in tool['table'].table(rows)
-    assert tool['table'].complete([config, build, check])
     assert '1 configs: 1 ok (100.0%)' in tool['table'].table([config, build, check])
+    assert not tool['table'].complete([config, build, check], ['mmdet::a.py']), 'no step was tried'
+    everything = [config, build, check, step]
+    assert tool['table'].complete(everything, ['mmdet::a.py'])
+    assert not tool['table'].complete(everything, ['mmdet::a.py', 'mmdet::b.py'])
+    # A second model of that type: a step of the first that fails as stock does is not the last.
+    config = dict(config, key='config mmdet::b.py', file='mmdet::b.py', model=dict(type='M', b=1))
+    build = dict(build, key='build mmdet::b.py', file='mmdet::b.py')
+    files = ['mmdet::a.py', 'mmdet::b.py']
+    assert tool['table'].complete([*everything, config, build], files)
+    step['status'] = 'stock fails'
+    assert not tool['table'].complete([*everything, config, build], files)
+    step = dict(step, key='step mmdet::b.py', file='mmdet::b.py')
+    assert tool['table'].complete([*everything, config, build, step], files)
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """The names of tools/coverage.py, which is no module."""
+    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+    return runpy.run_path(str(ROOT / 'tools' / 'coverage.py'), run_name='__mp_main__')
+
+
+def test_results_are_those_of_the_installed_packages(script, monkeypatch):
+    first = script['state_digest']()
+    assert script['state_digest']() == first
+    found = [SimpleNamespace(name='timm', version='1')]
+    monkeypatch.setitem(script['state_digest'].__globals__, 'distributions', lambda: found)
+    second = script['state_digest']()
+    found[0].version = '2'
+    assert len({first, second, script['state_digest']()}) == 3
+
+
+def test_what_killed_its_process_is_tried_again(script, tmp_path):
+    path = tmp_path / 'results.jsonl'
+    reasons = ('ValueError: a mistake', 'the process died')
+    rows = [script['failure'](f'config mmdet::{i}.py', why) for i, why in enumerate(reasons)]
+    path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    assert list(script['Attempts'](path, 1).known) == ['config mmdet::0.py']
+
+
+def test_as_many_processes_as_there_are_cores_to_use(script, monkeypatch):
+    monkeypatch.setattr('os.sched_getaffinity', lambda _: {3, 5, 7})
+    monkeypatch.setattr('sys.argv', ['coverage.py'])
+    assert script['parse_args']().jobs == 3

@@ -7,8 +7,8 @@
 For each config: does the rewritten config build? For each distinct backbone: outputs at the start,
 gradients, freeze, lean layers, size of the prompts. For each type of model: a training step. Writes
 a JSON line a job into --work-dir, and docs/coverage.md. A run that was stopped goes on where it
-was, unless the code changed. requirements/coverage.txt has what some stock models import beyond the
-libraries.
+was, unless the code or an installed package changed. requirements/coverage.txt has what some stock
+models import beyond the libraries.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import argparse
 import hashlib
 import os
 import sys
+from importlib.metadata import distributions
 from pathlib import Path
 
 from jobs import Results
@@ -28,23 +29,20 @@ from stock_configs.backbones import try_backbone
 from stock_configs.building import try_config
 from stock_configs.reading import config_files, digest, file_of, read_config, result
 from stock_configs.steps import try_step
-from stock_configs.table import PRETRAINING, complete, table
+from stock_configs.table import ATTEMPTS, PRETRAINING, complete, table
 
 import protune_mm
 from protune_mm.stages import LIBRARIES
 
 TOOLS = Path(__file__).parent
 
-ATTEMPTS = 5
-"""Configs of one type of model whose training step is tried until one runs."""
-
 
 def main() -> None:
     args = parse_args()
-    # Results of other code are no results.
-    folder = Path(args.work_dir) / code_digest()
+    # Results of other code, or of other libraries, are no results.
+    folder = Path(args.work_dir) / state_digest()
     folder.mkdir(parents=True, exist_ok=True)
-    results = Results(folder / 'results.jsonl', args.jobs, failure)
+    results = Attempts(folder / 'results.jsonl', args.jobs, failure)
     libraries = [args.library] if args.library else LIBRARIES
     files = args.config or [file for name in libraries for file in config_files(name)]
     if args.sample:
@@ -53,7 +51,7 @@ def main() -> None:
     text = table(rows)
     print(text)
     if not (args.library or args.backbone or args.sample or args.config):
-        if not complete(rows):
+        if not complete(rows, files):
             sys.exit(f'{folder} does not hold all results: {args.out} stays as it is')
         Path(args.out).write_text(text)
         print(f'wrote {args.out}')
@@ -67,12 +65,19 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--sample', type=int, help='only so many configs, evenly spread')
     parser.add_argument('--config', nargs='+', help='only these, such as mmseg::pspnet/NAME.py')
     parser.add_argument(
-        '--jobs', type=int, default=os.cpu_count(), help='processes; default: cores'
+        '--jobs', type=int, default=len(os.sched_getaffinity(0)), help='processes; default: cores'
     )
     parser.add_argument('--table', action='store_true', help='run nothing, draw the table')
     parser.add_argument('--work-dir', default='work_dirs/coverage', help='folder of the results')
     parser.add_argument('--out', default='docs/coverage.md', help='the table of a full run')
     return parser.parse_args()
+
+
+class Attempts(Results):
+    """Results without those of processes that died, for want of memory perhaps: try these again."""
+
+    def from_lines(self, lines: list[dict]) -> dict[str, dict]:
+        return super().from_lines([row for row in lines if row['reason'] != 'the process died'])
 
 
 def run(files: list[str], backbone: str | None, results: Results) -> list[dict]:
@@ -109,14 +114,16 @@ def run(files: list[str], backbone: str | None, results: Results) -> list[dict]:
     return rows + configs
 
 
-def code_digest() -> str:
-    """Changes with the code that is tried and the code that tries it."""
+def state_digest() -> str:
+    """Changes with the code that is tried, the code that tries it, and what both can import."""
     files = [
         *Path(protune_mm.__file__).parent.rglob('*.py'),
         *(TOOLS / 'stock_configs').glob('*.py'),
     ]
     joined = b''.join(path.read_bytes() for path in sorted(files))
-    return hashlib.sha1(joined).hexdigest()[:12]
+    # Optional ones decide what stock models run, so all that is installed counts.
+    joined += repr(sorted(f'{d.name} {d.version}' for d in distributions())).encode()
+    return hashlib.sha1(joined + sys.version.encode()).hexdigest()[:12]
 
 
 def failure(key: str, reason: str) -> dict:

@@ -15,6 +15,8 @@ PRETRAINING = (
     'BYOL', 'CAE', 'DenseCL', 'EVA', 'MaskFeat', 'MILAN', 'MixMIM', 'MoCo', 'SwAV',
 )  # fmt: skip
 """Model types that pre-train a backbone: nobody tunes one in them."""
+ATTEMPTS = 5
+"""Configs of one type of model whose training step is tried until one runs."""
 
 
 def table(rows: list[dict]) -> str:
@@ -123,17 +125,39 @@ def not_run(total: collections.Counter) -> str:
     return f'; {total["not run"]} not run yet' if total['not run'] else ''
 
 
-def complete(rows: list[dict]) -> bool:
-    """Whether every config was built and every backbone checked."""
+def complete(rows: list[dict], files: list[str]) -> bool:
+    """Whether all configs were read and built, and all backbones and types of models tried.
+
+    Args:
+        rows: the results.
+        files: ``library::path`` of every config there is.
+    """
+    read = {row['file'] for row in rows if row['key'].startswith('config ')}
     configs = [row for row in rows if row['key'].startswith('config ') and row.get('backbones')]
-    files = {row['file'] for row in rows if row['key'].startswith('build ')}
-    built = {digest(row['model']) for row in configs if row['file'] in files}
+    models = {row['file']: digest(row['model']) for row in configs}
+    built, steps = (
+        {models[r['file']]: r['status'] for r in rows
+         if r['key'].startswith(kind) and r['file'] in models}
+        for kind in ('build ', 'step ')
+    )  # fmt: skip
     checked = {digest(row['structure']) for row in rows if row['key'].startswith('backbone ')}
-    return bool(configs) and all(
-        digest(row['model']) in built
-        and all(digest(item['structure']) in checked for item in row['backbones'])
-        for row in configs
+    able = collections.defaultdict(set)
+    for row in configs:
+        model = models[row['file']]
+        if built.get(model) == 'ok' and row['model_type'] not in PRETRAINING:
+            able[row['library'], row['model_type']].add(model)
+    return (
+        bool(configs)
+        and read.issuperset(files)
+        and built.keys() >= set(models.values())
+        and all(digest(item['structure']) in checked for r in configs for item in r['backbones'])
+        and all(_tried([steps[m] for m in mine if m in steps], len(mine)) for mine in able.values())
     )
+
+
+def _tried(found: list[str], there: int) -> bool:
+    """Whether a type of model is done with: a step says something of ours, or none is left."""
+    return any(s != 'stock fails' for s in found) or len(found) >= min(ATTEMPTS, there)
 
 
 def _steps(rows: list[dict], configs: list[dict]) -> list[str]:
