@@ -202,7 +202,8 @@ def weights(path: Path, seed: int) -> Path:
 def begin(command: list[str], work: Path, **more: str) -> subprocess.Popen:
     """Start a program in a process group of its own, its output in ``work/output``."""
     with (work / 'output').open('ab') as output:
-        environment = {**os.environ, 'OMP_NUM_THREADS': '1', **more}
+        # On the CPU, where bits are the same each time: a GPU is hidden.
+        environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', **more}
         return subprocess.Popen(
             command, stdout=output, stderr=output, start_new_session=True, env=environment
         )
@@ -529,7 +530,7 @@ def main() -> None:
     parser.add_argument('--quick', action='store_true', help='5 kills instead of 50')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument(
-        '--jobs', type=int, default=min(4, os.cpu_count() or 1), help='cases side by side'
+        '--jobs', type=int, default=min(4, len(os.sched_getaffinity(0))), help='cases side by side'
     )
     parser.add_argument('--only', nargs='+', choices=list(CASES), help='these cases')
     parser.add_argument('--out', type=Path, help='a document to write the table to')
@@ -538,8 +539,8 @@ def main() -> None:
     count = 5 if args.quick else 50
     chosen = args.only or list(CASES)[1:]
     args.out = args.out and args.out.resolve()
-    root = Path(args.keep or tempfile.mkdtemp(prefix='faults_'))
-    root.mkdir(exist_ok=True)
+    root = Path(args.keep or tempfile.mkdtemp(prefix='faults_')).resolve()
+    root.mkdir(parents=True, exist_ok=True)
     os.chdir(root)  # Where code of a malicious file would write.
     begun = time.monotonic()
     rows = dict.fromkeys(['undisturbed', *chosen], '')
@@ -552,7 +553,7 @@ def main() -> None:
         print(f'[{done}/{len(rows)}, {passed:.0f} s] {name}: {told}', flush=True)
 
     try:
-        bench = Bench(root.resolve(), args.seed, epochs=8 + 6 * count)
+        bench = Bench(root, args.seed, epochs=8 + 6 * count)
         tell('undisturbed', run_case(bench, 'undisturbed', count))
         with ThreadPoolExecutor(args.jobs) as pool:
             started = {

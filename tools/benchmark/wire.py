@@ -127,6 +127,7 @@ def train(nodes: tuple[Node, Node], config: Path, policy: str, root: Path) -> No
         environment = {
             **os.environ, **node.environment, 'PORT': '29521', 'OMP_NUM_THREADS': '1',
             'PYTHONWARNINGS': 'ignore', 'PATH': f'{python}:{os.environ["PATH"]}',
+            'CUDA_VISIBLE_DEVICES': '',
         }  # fmt: skip
         command = [*node.inside, 'bash', 'tools/dist_train.sh', str(config), '1', '--protune']
         command += ['--work-dir', str(root / f'work{node.rank}'), '--policy', policy]
