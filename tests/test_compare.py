@@ -2,8 +2,18 @@
 
 import json
 
+import pytest
+
 from tests.conftest import ROOT, run_tool
 from tests.small_runs import SHAPES, data
+
+BEST = 'default_hooks.checkpoint.save_best'
+ROW = dict(
+    config='a', policy='full', seed=0, metric='m', val=0.2, test=0.9, val_curve=[0.1, 0.2],
+    best_epoch=2, epochs=2, parameters=dict(prompts=0, trained=1), threads=1,
+    versions=dict(torch='2'), command='python tools/compare.py configs/a.py --policies full',
+)  # fmt: skip
+"""As older files have them."""
 
 
 def test_compare_trains_tests_and_remembers(shapes, tmp_path):
@@ -25,6 +35,7 @@ def test_compare_trains_tests_and_remembers(shapes, tmp_path):
     assert rows[1]['parameters']['prompts'] == sum(5 * c + 54 for c in channels)
     assert all(-1 <= row['test'] <= 1 and len(row['val_curve']) == 1 for row in rows)
     assert all(row['rule'] == 'greater' for row in rows)
+    assert all(row['path'] == SHAPES and row['device'] for row in rows)
     table = (tmp_path / 'README.md').read_text()
     assert '| head-only | Pro-tuned | full fine-tuning |' in table
     assert '| not run |' in table
@@ -61,23 +72,66 @@ def test_runs_are_told_apart_and_all_policies_have_their_line(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / 'tools'))
     from compare import key_of, table
 
-    common = dict(
-        config='a', seed=0, metric='m', val=0.2, test=0.9, val_curve=[0.1, 0.2], best_epoch=2,
-        epochs=2, parameters=dict(prompts=0, trained=1), threads=1, versions={},
-        command='python tools/compare.py a.py --policies full --seed 0',
-    )  # fmt: skip
-    short = dict(common, policy='full', command=f'{common["command"]} --epochs 2')
-    assert key_of(short) != key_of(dict(common, policy='full'))
-    text = table([dict(common, policy=name) for name in ('last-2', 'full', 'bias')])
+    short = dict(ROW, command=f'{ROW["command"]} --epochs 2')
+    assert key_of(short) != key_of(ROW)
+    text = table([dict(ROW, policy=name) for name in ('last-2', 'full', 'bias')])
     assert '| head-only | Pro-tuned | full fine-tuning | last-2 | bias |' in text
     assert '\n| bias |' in text
 
 
-def test_bad_input_is_told_before_the_training():
+def test_bad_input_is_told_before_the_training(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+    import compare
+
     for arguments, message in (
         ((SHAPES, '--policies', 'biases'), "policy='biases' is unknown"),
         (('configs/upernet_protune_r50_ade20k.py',), 'counts no epochs'),
+        ((SHAPES, '--cfg-options', f'{BEST}=auto'), "save_best='auto': it has to name one score"),
+        ((SHAPES, '--cfg-options', f'{BEST}=[a,b]'), "save_best=['a', 'b']: it has to name"),
     ):
-        done = run_tool('tools/compare.py', *arguments, check=False)
-        assert message in done.stderr
-        assert 'training' not in done.stdout
+        monkeypatch.setattr('sys.argv', ['compare.py', *arguments])
+        with pytest.raises((ValueError, SystemExit)) as caught:
+            compare.main()
+        told = capsys.readouterr()
+        assert message in f'{caught.value} {told.err}'
+        assert 'training' not in told.out
+
+
+def test_configs_of_one_name_in_two_folders_are_two(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+    from compare import key_of, place, table
+
+    assert place('configs/a.py', ROOT) == place(str(ROOT / 'configs/a.py'), tmp_path)
+    assert place('mmdet::a.py', tmp_path) == 'mmdet::a.py'
+    new = dict(ROW, path='configs/a.py')
+    assert key_of(ROW) == key_of(new), 'an older row stays known'
+    other = dict(ROW, path='configs/small/a.py')
+    assert key_of(other) != key_of(new)
+    assert '\n## a\n' in table([ROW, new])
+    text = table([ROW, other])
+    assert '\n## configs/a.py\n' in text
+    assert '\n## configs/small/a.py\n' in text
+
+
+def test_each_row_tells_what_it_was_run_on(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+    from compare import table
+
+    assert table([ROW]).endswith('\nRun on CPU (1 threads a run), with torch 2.\n')
+    text = table([ROW, dict(ROW, policy='prompts', device='H100'), dict(ROW, policy='bias')])
+    assert '\n- 2 of 3 runs on CPU (1 threads a run), with torch 2.\n' in text
+    assert '\n- 1 of 3 runs on H100 (1 threads a run), with torch 2.\n' in text
+
+
+def test_half_a_line_is_left_out_and_the_file_goes_on(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+    from compare import note, read
+
+    path = tmp_path / 'results.jsonl'
+    note(ROW, path)
+    path.write_text(path.read_text() + '{"config": "a", "pol')
+    assert read(path) == [ROW]
+    more = dict(ROW, policy='prompts')
+    note(more, path)
+    assert path.read_text() == f'{json.dumps(ROW)}\n{json.dumps(more)}\n'
+    assert [file.name for file in tmp_path.iterdir()] == ['results.jsonl']

@@ -9,22 +9,27 @@ run that is there is not repeated. The table in OUT/README.md is drawn from that
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from mmengine.config import DictAction
+from jobs import Results
+from mmengine.config import Config, DictAction
 from mmengine.hooks import CheckpointHook
 
 from protune_mm import cli
-from protune_mm.compat import stack_versions
+from protune_mm.compat import processor, stack_versions
+from protune_mm.files import whole_file
 from protune_mm.policies import POLICIES, check_policy
 
 TOOLS = Path(__file__).parent
+ROOT = TOOLS.resolve().parent
 ORDER = ('head-only', 'prompts', 'full')
 TITLES = {'head-only': 'head-only', 'prompts': 'Pro-tuned', 'full': 'full fine-tuning'}
 
@@ -44,22 +49,28 @@ def main() -> None:
     for policy in args.policies:
         check_policy(policy)
     for config in args.configs:
-        if 'max_epochs' not in (cli.read_config(config).get('train_cfg') or {}):
+        cfg = cli.read_config(config, options=parsed(args.cfg_options))
+        if 'max_epochs' not in (cfg.get('train_cfg') or {}):
             parser.error(f'{config} counts no epochs (train_cfg.max_epochs), which this tool does')
+        asked = score_asked(cfg)
+        if not isinstance(asked, str) or asked == 'auto':
+            parser.error(
+                f'{config}: default_hooks.checkpoint.save_best={asked!r}: '
+                "it has to name one score, such as 'coco/bbox_mAP'"
+            )
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     results = out / 'results.jsonl'
     plan = [(config, policy) for config in args.configs for policy in args.policies]
     for number, (config, policy) in enumerate(plan, 1):
         done = read(results)
-        key = (Path(config).stem, policy, args.seed, args.epochs, *args.cfg_options)
+        key = (place(config, Path.cwd()), policy, args.seed, args.epochs, *args.cfg_options)
         if any(key == key_of(row) for row in done):
             print(f'[{number}/{len(plan)}] {key}: already in {results}', flush=True)
             continue
         print(f'[{number}/{len(plan)}] {key}: training', flush=True)
         row = run(config, policy, args)
-        with results.open('a') as file:
-            file.write(json.dumps(row) + '\n')
+        note(row, results)
         print(f'[{number}/{len(plan)}] {key}: test {row["metric"]} {row["test"]}', flush=True)
     (out / 'README.md').write_text(table(read(results)))
 
@@ -67,16 +78,33 @@ def main() -> None:
 def key_of(row: dict) -> tuple:
     asked = re.search(r' --epochs (\d+)', row['command'])
     epochs = int(asked[1]) if asked else None
-    return (row['config'], row['policy'], row['seed'], epochs, *row.get('options', ()))
+    # Older rows tell the path in the command alone, which was run from the root.
+    path = row.get('path') or place(row['command'].split()[2], ROOT)
+    return (path, row['policy'], row['seed'], epochs, *row.get('options', ()))
+
+
+def place(config: str, folder: Path) -> str:
+    """Path of a config from the root of the repository, or ``package::path`` as it is.
+
+    Args:
+        config: as it was named.
+        folder: in which it was.
+    """
+    return config if '::' in config else os.path.relpath((folder / config).resolve(), ROOT)
+
+
+def score_asked(cfg: Config) -> object:
+    """What a config picks the best checkpoint by."""
+    return (cfg.get('default_hooks', {}).get('checkpoint') or {}).get('save_best')
 
 
 def run(config: str, policy: str, args: argparse.Namespace) -> dict:
     """Train, pick by validation, test; return one line of results."""
     cfg = cli.read_config(config, policy=policy, options=parsed(args.cfg_options))
-    hook = cfg.default_hooks.checkpoint
-    metric = hook.save_best
+    hook, metric = cfg.default_hooks.checkpoint, score_asked(cfg)
     name = '-'.join([policy, f'seed{args.seed}', *map(short, args.cfg_options)])
-    work = Path(args.work_dir) / Path(config).stem / name
+    path = place(config, Path.cwd())
+    work = Path(args.work_dir) / '-'.join(Path(path).with_suffix('').parts) / name
     options = [f'randomness.seed={args.seed}', *args.cfg_options]
     if args.epochs:
         options.append(f'train_cfg.max_epochs={args.epochs}')
@@ -99,6 +127,7 @@ def run(config: str, policy: str, args: argparse.Namespace) -> dict:
     call('test.py', [*test, '--out', str(scores), *extra])
     return {
         'config': Path(config).stem,
+        'path': path,
         'policy': policy,
         'options': args.cfg_options,
         'seed': args.seed,
@@ -111,6 +140,7 @@ def run(config: str, policy: str, args: argparse.Namespace) -> dict:
         'test': json.loads(scores.read_text())[metric],
         'parameters': counts(cfg, policy),
         'wall_s': round(wall),
+        'device': torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
         'threads': torch.get_num_threads(),
         'command': f'python tools/compare.py {config} --policies {policy} --seed {args.seed}'
         + (f' --epochs {args.epochs}' if args.epochs else '')
@@ -148,14 +178,28 @@ def counts(cfg: object, policy: str) -> dict:
     return found
 
 
-def read(results: Path) -> list:
-    return (
-        [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    )
+class Runs(Results):
+    """Rows of a results file by what was run, without half a line that a kill left at its end."""
+
+    def from_lines(self, lines: list[dict]) -> dict:
+        return {key_of(row): row for row in lines}
+
+
+def read(results: Path) -> list[dict]:
+    """All rows of a results file."""
+    return list(Runs(results, 1).known.values())
+
+
+def note(row: dict, results: Path) -> None:
+    """Put a row at the end of a results file, which stays whole when this is stopped."""
+    rows = [*read(results), row]
+    with whole_file(results) as partial:
+        partial.write_text(''.join(json.dumps(each) + '\n' for each in rows))
 
 
 def table(rows: list) -> str:
     """The document: a summary, then one table a config, with the commands and what they ran on."""
+    rows = titled(rows)
     order = [*dict.fromkeys([*ORDER, *(row['policy'] for row in rows)])]
     text = ['# Real runs: head-only, Pro-tuned and full fine-tuning', '']
     text += [
@@ -195,10 +239,32 @@ def table(rows: list) -> str:
                 f'| {n["prompts"]:,} | {n["trained"]:,} | {chosen} |'
             )
         text += ['', '```', *dict.fromkeys(row['command'] for row in mine), '```', '']
-    versions = ', '.join(f'{k} {v}' for k, v in rows[-1]['versions'].items())
     text += ['"val, last third": what the last third of the epochs added to the best score before.']
-    text += ['', f'Run on CPU ({rows[-1]["threads"]} threads a run), with {versions}.', '']
+    text += ['', *grounds(rows), '']
     return '\n'.join(text)
+
+
+def titled(rows: list[dict]) -> list[dict]:
+    """Rows whose config has a name of its own: its path, where others are called as it is."""
+    paths: dict[str, set] = {}
+    for row in rows:
+        paths.setdefault(row['config'], set()).add(key_of(row)[0])
+    return [
+        dict(row, config=row['config'] if len(paths[row['config']]) == 1 else key_of(row)[0])
+        for row in rows
+    ]
+
+
+def grounds(rows: list[dict]) -> list[str]:
+    """A line for each device and stack that runs were made on; older rows are of a CPU."""
+    found = Counter(
+        f'{row.get("device", "CPU")} ({row["threads"]} threads a run), with '
+        + ', '.join(f'{name} {version}' for name, version in row['versions'].items())
+        for row in rows
+    )
+    if len(found) == 1:
+        return [f'Run on {where}.' for where in found]
+    return [f'- {count} of {len(rows)} runs on {where}.' for where, count in found.items()]
 
 
 def metric_of(rows: list, config: str) -> str:
