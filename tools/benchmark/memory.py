@@ -20,6 +20,7 @@ from cases import (
     backbone,
     backbone_rows,
     check_tests,
+    chosen,
     loss_of,
     quiet,
     use_peft,
@@ -44,24 +45,25 @@ ATTENTION = {
 
 
 def main() -> None:
-    args = arguments(__doc__.split('\n')[0]).parse_args()
+    parser = arguments(__doc__.split('\n')[0], '--cases', '--peft')
+    args = parser.parse_args()
+    names = chosen(parser, args, [*BACKBONES, *DETECTORS, *SEGMENTORS])
     if args.peft:
         use_peft(args.peft)
     check_tests('tests/test_lean.py', skip=args.skip_tests)
     quiet()
     rows = []
-    for name in BACKBONES:
-        if not args.cases or name in args.cases:
-            for row in backbone_rows():
-                module = backbone(name, row)
-                if module is not None:
-                    image = torch.randn(1, 3, *SIZE, generator=torch.Generator().manual_seed(0))
-                    rows.append(measure(name, row, module, lambda m=module, x=image: m(x)))
-    for name in (*DETECTORS, *SEGMENTORS):
-        if not args.cases or name in args.cases:
+    for name in names:
+        if name not in BACKBONES:
             for row in ROWS:
                 model = whole_model(name, row)
                 rows.append(measure(name, row, model, loss_of(name, model, SIZE, 2)))
+            continue
+        for row in backbone_rows():
+            module = backbone(name, row)
+            if module is not None:
+                image = torch.randn(1, 3, *SIZE, generator=torch.Generator().manual_seed(0))
+                rows.append(measure(name, row, module, lambda m=module, x=image: m(x)))
     write(args.out, 'memory', rows, table(rows, args), 'cpu')
 
 

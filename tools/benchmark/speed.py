@@ -28,9 +28,11 @@ from cases import (
     backbone,
     backbone_rows,
     check_tests,
+    chosen,
     half_of,
     loss_of,
     quiet,
+    refuse_part,
     use_peft,
     whole_model,
     write,
@@ -48,7 +50,7 @@ SIZES = {**dict.fromkeys(DETECTORS, (800, 1333)), **dict.fromkeys(SEGMENTORS, (5
 
 
 def main() -> None:
-    parser = arguments(__doc__.split('\n')[0])
+    parser = arguments(__doc__.split('\n')[0], '--cases', '--peft')
     parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'])
     parser.add_argument('--rounds', type=int, default=9, help='steps of each row')
     parser.add_argument(
@@ -58,28 +60,27 @@ def main() -> None:
     parser.add_argument('--rows', nargs='+', help='only rows with one of these words')
     parser.add_argument('--amp', action='store_true', help='autocast, see half_of')
     args = parser.parse_args()
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        parser.error('--device cuda: PyTorch sees no GPU here')
     if args.peft:
         use_peft(args.peft)
     if args.device == 'cuda':
         ROWS.update(GPU_ROWS, **(AMP_ROWS if args.amp else {}))
-    names = [*BACKBONES, *(SIZES if args.models else ())]
-    for case in args.cases or ():
-        if case not in names:
-            parser.error(f"--cases: '{case}' is unknown: there are {'; '.join(names)}")
+    names = chosen(parser, args, [*BACKBONES, *(SIZES if args.models else ())])
     known = [*backbone_rows(), STOCK_LAST, *INFERENCE]
     for word in args.rows or ():
         if not any(word in row for row in known):
             parser.error(f"--rows: '{word}' is in no row: there are {'; '.join(known)}")
+    refuse_part(parser, args, 'rows')
     tests = 'tests/test_lean.py' if args.device == 'cpu' else 'tests/test_lean_gpu.py'
     check_tests(tests, skip=args.skip_tests)
     quiet()
     out = 'speed' if args.device == 'cpu' else f'speed_{args.device}'
     rows = []
     for name in names:
-        if not args.cases or name in args.cases:
-            rows += measure(name, args)
-            # After each: a run that is stopped leaves what it has measured.
-            write(args.out, out, rows, table(rows, args), args.device)
+        rows += measure(name, args)
+        # After each: a run that is stopped leaves what it has measured.
+        write(args.out, out, rows, table(rows, args), args.device)
 
 
 def measure(name: str, args: object) -> list[dict]:

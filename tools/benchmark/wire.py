@@ -21,7 +21,7 @@ from mmengine.registry import MODELS, init_default_scope
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from cases import ROOT, arguments, check_tests, quiet, replace_sync_bn, write
+from cases import ROOT, arguments, check_tests, chosen, quiet, replace_sync_bn, write
 from two_nodes import Node, two_nodes
 
 from protune_mm import cli
@@ -72,15 +72,16 @@ randomness = dict(seed=0)
 
 
 def main() -> None:
-    parser = arguments(__doc__.split('\n')[0])
+    parser = arguments(__doc__.split('\n')[0], '--cases')
     args = parser.parse_args()
+    cases = chosen(parser, args, CONFIGS)
     check_tests('tests/test_distributed.py', '-k', 'double or nodes', skip=args.skip_tests)
     quiet()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         draw(root)
-        for case in args.cases or list(CONFIGS):
+        for case in cases:
             for row, policy in POLICIES.items():
                 try:
                     rows.append(measure(root, case, row, policy))
