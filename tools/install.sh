@@ -11,6 +11,7 @@ REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 REQUIREMENTS=$REPO/requirements
 MMCV=2.1.0
 PYTHON=
+OPS=cpu # or cuda: which of mmcv's ops are needed
 
 say() { printf '%s\n' "$*"; }
 
@@ -34,6 +35,7 @@ prepare_environment() {
         refuse_conflicts
         rm -f "$prefix"/.protune_mm-*
         install_stack
+        state=$(fingerprint) # Now torch is there to tell of a GPU.
         printf '%s\n' "$state" >"$prefix/.protune_mm-base"
     fi
     for extra in "$@"; do
@@ -101,7 +103,7 @@ fingerprint() {
     (
         cd "$REPO"
         "$PYTHON" -c 'import sys; print(sys.version, sys.prefix)'
-        printf '%s\n' "$REPO"
+        printf '%s\n' "$REPO" "$(needed_ops)"
         cat tools/install.sh requirements/*.txt setup.py pyproject.toml protune_mm/version.py
     ) | sha256sum | cut -d' ' -f1
 }
@@ -147,15 +149,56 @@ install_stack() {
 }
 
 install_mmcv() {
-    local wheels wheel
+    local wheels
+    OPS=$(needed_ops)
+    wheels=$(wheel_folder)
+    if find_mmcv "$wheels"; then return; fi
+    if [[ $OPS == cuda ]] && ! have_nvcc; then
+        if [[ ${FORCE_CUDA:-0} == 1 ]]; then
+            fail 'FORCE_CUDA=1 asks for CUDA ops of mmcv, and there is no nvcc to build them.' \
+                'Set CUDA_HOME, or leave FORCE_CUDA out for the CPU ops alone.'
+        fi
+        say 'A GPU is here but no nvcc (set CUDA_HOME): mmcv gets the CPU ops alone.'
+        OPS=cpu
+        wheels=$(wheel_folder)
+        if find_mmcv "$wheels"; then return; fi
+    fi
+    build_mmcv "$wheels"
+    try_mmcv "$wheels/mmcv-$MMCV"-*.whl ||
+        fail "mmcv $MMCV was built, but does not work; the log is $wheels/build.log."
+}
+
+# cuda where torch sees a GPU or the user asks for it.
+needed_ops() {
+    if [[ ${FORCE_CUDA:-0} == 1 ]] || sees_gpu; then echo cuda; else echo cpu; fi
+}
+
+sees_gpu() {
+    "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null
+}
+
+have_nvcc() {
+    "$PYTHON" -c 'import sys
+from torch.utils.cpp_extension import CUDA_HOME
+sys.exit(CUDA_HOME is None)' 2>/dev/null
+}
+
+# A wheel fits one Python and one torch and has one kind of ops: those built here are kept apart.
+wheel_folder() {
+    local kind=
+    if [[ $OPS == cuda ]]; then kind=-cuda; fi
+    printf '%s%s\n' "$REPO/.whl/$("$PYTHON" -c '
+import sys, torch
+print("cp%d%d" % sys.version_info[:2], "torch", torch.__version__, sep="-")')" "$kind"
+}
+
+# Use the mmcv that is here, or find a wheel, with those of the folder $1 first.
+find_mmcv() {
+    local wheels=$1 wheel
     if mmcv_works 2>/dev/null; then
         say "mmcv $MMCV with ops is here already."
         return
     fi
-    # A wheel fits one Python and one torch, so those built here are kept apart by both.
-    wheels=$REPO/.whl/$("$PYTHON" -c '
-import sys, torch
-print("cp%d%d" % sys.version_info[:2], "torch", torch.__version__, sep="-")')
     mkdir -p "$wheels"
     for wheel in "$wheels/mmcv-$MMCV"-*.whl; do
         if [[ -f $wheel ]] && try_mmcv "$wheel"; then return; fi
@@ -165,9 +208,7 @@ print("cp%d%d" % sys.version_info[:2], "torch", torch.__version__, sep="-")')
     while IFS= read -r wheel; do
         if [[ $wheel == */mmcv-$MMCV-*.whl ]] && try_mmcv "$wheel"; then return; fi
     done < <("$PYTHON" -m pip cache list mmcv --format=abspath 2>/dev/null || true)
-    build_mmcv "$wheels"
-    try_mmcv "$wheels/mmcv-$MMCV"-*.whl ||
-        fail "mmcv $MMCV was built, but does not work; the log is $wheels/build.log."
+    return 1
 }
 
 # Install one wheel of mmcv; fails, quietly, where there is none or its ops do not load.
@@ -188,9 +229,15 @@ mmcv_works() {
     "$PYTHON" -c "
 import mmcv, torch
 import mmcv.ops
-boxes = torch.tensor([[0.0, 0, 9, 9], [0, 0, 9, 8], [20, 20, 29, 29]])
-kept = mmcv.ops.nms(boxes, torch.tensor([0.9, 0.8, 0.7]), 0.5)[1]
-assert mmcv.__version__ == '$MMCV' and kept.tolist() == [0, 2]"
+devices = ['cpu']
+if '$OPS' == 'cuda':
+    assert mmcv.ops.get_compiling_cuda_version() != 'not available', 'it has no CUDA ops'
+    devices += ['cuda'] if torch.cuda.is_available() else []
+for device in devices:
+    boxes = torch.tensor([[0.0, 0, 9, 9], [0, 0, 9, 8], [20, 20, 29, 29]], device=device)
+    scores = torch.tensor([0.9, 0.8, 0.7], device=device)
+    kept = mmcv.ops.nms(boxes, scores, 0.5)[1]
+    assert mmcv.__version__ == '$MMCV' and kept.tolist() == [0, 2]"
 }
 
 # Build a wheel of mmcv with ops into the folder $1.
@@ -201,15 +248,14 @@ build_mmcv() {
     say 'This takes about 15 minutes on two cores, once: the wheel is kept in'
     say "  $wheels"
     say "Compiling with $jobs jobs (set MAX_JOBS for another number); a line follows every 30 s."
-    if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-        if "$PYTHON" -c 'import sys
-from torch.utils.cpp_extension import CUDA_HOME
-sys.exit(CUDA_HOME is None)' 2>/dev/null; then
-            say 'A GPU and nvcc are here: CUDA ops are built too, which takes longer.'
-        else
-            # mmcv asks torch for a GPU and then needs nvcc.
-            say 'A GPU is here but no nvcc (set CUDA_HOME): only the CPU ops are built.'
-            hide_gpu=(CUDA_VISIBLE_DEVICES=)
+    if [[ $OPS == cuda ]]; then
+        say 'CUDA ops are built too, which takes longer.'
+    else
+        # mmcv asks torch for a GPU and then needs nvcc.
+        hide_gpu=(CUDA_VISIBLE_DEVICES=)
+        if ! sees_gpu && "$PYTHON" -c 'import sys, torch; sys.exit(not torch.version.cuda)'; then
+            say 'torch is built for CUDA, but no GPU is seen here: the ops are for the CPU alone.'
+            say 'FORCE_CUDA=1 builds them for the GPU, too.'
         fi
     fi
     # In the foreground, so that an interrupt reaches the compilers. With isolation mmcv would
