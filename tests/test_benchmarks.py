@@ -1,6 +1,7 @@
 """The benchmarks refuse what they would measure in vain, and leave whole tables alone."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -103,3 +104,13 @@ def test_the_trainings_on_two_nodes_do_not_see_a_gpu(monkeypatch):
     node = SimpleNamespace(rank=0, inside=[], environment={})
     wire.train((node, node), Path('config.py'), 'full', Path('work'))
     assert started == ['', '']
+
+
+def test_the_document_of_memory_is_what_the_tool_writes(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / 'tools' / 'benchmark'))
+    import memory
+
+    folder = ROOT / 'docs' / 'benchmark'
+    rows = json.loads((folder / 'memory.json').read_text())['rows']
+    text = memory.table(rows, SimpleNamespace(peft='.peft', cases=None))
+    assert (folder / 'memory.md').read_text().startswith(f'{text}\n')
