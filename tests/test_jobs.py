@@ -108,6 +108,31 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
     assert not (tmp_path / 'second').exists()
 
 
+def test_what_waits_is_not_done_after_an_interrupt(results, monkeypatch, tmp_path):
+    run, noted = results(), []
+
+    def note(row, progress):
+        noted.append(row['key'])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, '_note', note)
+    keys = [f'{tmp_path}/{i}' for i in range(12)]
+    with pytest.raises(KeyboardInterrupt):
+        run.work(touch, keys)
+    assert len(noted) == 1
+    # Two at a time: some more may have begun, and none goes on.
+    before = len(list(tmp_path.glob('*')))
+    assert before < 12
+    time.sleep(1)
+    assert len(list(tmp_path.glob('*'))) == before
+
+
+def touch(key):
+    Path(key).touch()
+    time.sleep(0.3)
+    return dict(key=key, status='ok', reason='')
+
+
 def alive(pid):
     try:
         # A process that has ended and that nobody has waited for is a zombie.

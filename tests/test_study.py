@@ -1,9 +1,11 @@
 """tools/study.py: the same steps and grid for all, resumed at any run, picked by validation."""
 
+import importlib
 import json
 import math
 import platform
 import shutil
+from copy import deepcopy
 from unittest.mock import Mock
 
 import pytest
@@ -262,12 +264,50 @@ def test_bad_input(study, tmp_path, change, more, message):
             'attacks are for classifiers; mIoU is no accuracy',
         ),
         ('steps=3,', 'steps=3, validate_on_rest=True, long_tail=2,', 'without a long tail'),
+        ('steps=3,', 'steps=3, lrs=1e-3,', "task 'small': lrs=0.001 is no list: use [0.001]"),
+        ('seeds = [0]', 'seeds = 0', 'study.py: seeds=0 is no list: use [0]'),
+        ('[1.0]', '1.0', "task 'small': fractions=1.0 is no list: use [1.0]"),
+        ("['accuracy/top1']", "'mIoU'", "task 'small': metrics='mIoU' is no list: use ['mIoU']"),
+        ("['accuracy/top1']", '[]', "task 'small': metrics=[] names none"),
+        ("['accuracy/top1']", "['mIoU', 'mIoU']", "metrics=['mIoU', 'mIoU'] names one twice"),
+        ('steps=3,', 'steps=3, scenarios=dict(severities=3),', 'severities=3 is no list: use [3]'),
+        ('steps=3,', 'steps=3, scenarios=dict(every=0),', 'every=0: use a whole number from 1'),
+        ('steps=3,', 'steps=3, scenarios=dict(every=1.5),', 'every=1.5: use a whole number from 1'),
+        ('steps=3,', 'steps=3, scenarios=dict(shifts=[1]),', 'shifts=[1]: use a dict by name'),
+        (
+            'steps=3,',
+            "steps=3, scenarios=dict(shifts=dict(g=dict(type='Invert'))),",
+            "shifts.g={'type': 'Invert'} is no list",
+        ),
     ],
 )
 def test_bad_tasks(study, tmp_path, old, new, message):
     done = run(study(**{old: new}), tmp_path / 'out', check=False)
     assert message in done.stderr
     assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize(
+    ('more', 'message'),
+    [
+        ("scenarios=dict(shifts=dict(g=[dict(type='Invrt')]))", 'shifts.g: .*Invrt'),
+        ("scenarios=dict(shifts=dict(g=[dict(type='Rotate', angel=3)]))", 'shifts.g: .*angel'),
+        ('scenarios=dict(shifts=dict(g=[1]))', 'shifts.g: 1: '),
+        (
+            "scenarios=dict(severities=[1]), cfg_options={'test_dataloader.dataset.pipeline': []}",
+            'has no `pipeline`',
+        ),
+        (
+            "validate_on_rest=True, cfg_options={'val_dataloader.dataset': dict(_delete_=True, "
+            "type='ConcatDataset', datasets=[])}",
+            'validate_on_rest is for a plain data set, and the val split is ConcatDataset',
+        ),
+    ],
+)
+def test_what_the_scenarios_need_is_looked_at_before_the_first_run(study, parts, more, message):
+    plan = parts['plan'].Study(str(study(**{'steps=3,': f'steps=3, {more},'})))
+    with pytest.raises(ValueError, match=f"task 'small': .*{message}"):
+        parts['data_checks'].check_ready(plan, ['small'])
 
 
 @pytest.mark.parametrize(
@@ -285,7 +325,7 @@ def test_bad_tasks(study, tmp_path, old, new, message):
     ],
 )
 def test_no_image_is_in_two_splits(study, parts, change, message):
-    check_data = parts['training'].check_data
+    check_data = parts['data_checks'].check_data
     plan = parts['plan'].Study(str(study(**change)))
     with pytest.raises(ValueError, match=rf"^task 'small', [^:]+: {message}: give them"):
         check_data(plan, plan.runs()[:1])
@@ -304,10 +344,11 @@ def test_a_metric_that_is_not_there_is_no_divergence(study, tmp_path):
 @pytest.fixture
 def parts(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / 'tools'))
-    from study_parts import cells, claim, plan, plots, report, run_config, scenarios, training
-
-    parts = (cells, claim, plan, plots, report, run_config, scenarios, training)
-    return {part.__name__.removeprefix('study_parts.'): part for part in parts}
+    names = (
+        'cells', 'claim', 'data_checks', 'plan', 'plots', 'report', 'run_config', 'runs',
+        'scenarios', 'training',
+    )  # fmt: skip
+    return {name: importlib.import_module(f'study_parts.{name}') for name in names}
 
 
 def test_a_detector_that_finds_nothing_has_score_0(parts):
@@ -323,6 +364,7 @@ def test_a_detector_that_finds_nothing_has_score_0(parts):
     assert score({'100 - mCE, severity 3': 1.0}, 'coco/bbox_mAP') == 0
     assert score({'coco/bbox_mAP': 0.5}, 'coco/bbox_mAP') == 0.5
     assert score({}, 'coco/AR@100', CocoMetric(metric='proposal')) == 0
+    assert score({}, 'lvis/bbox_AP', CocoMetric(metric='bbox', prefix='lvis')) == 0
     for found in ({'coco/bbox_mAP': 0.5}, {'coco/segm_mAP': float('nan')}):
         with pytest.raises(ValueError, match='no score coco/segm_mAP'):
             score(found, 'coco/segm_mAP')
@@ -340,7 +382,7 @@ def test_a_detector_that_finds_nothing_has_score_0(parts):
 
 
 def test_images_that_are_left_out_do_not_count_as_missed(parts):
-    config_of, check = parts['run_config'].config_of, parts['training'].check_evaluators
+    config_of, check = parts['run_config'].config_of, parts['data_checks'].check_evaluators
     tasks = dict(
         config='configs/small/retinanet_protune_mobilenetv2_fruit.py', backbone='B', steps=2,
         metrics=['coco/bbox_mAP'], fractions=[1.0],
@@ -378,7 +420,7 @@ def test_a_part_of_the_labels_is_inside_what_repeats_images(study, parts):
     train = parts['run_config'].config_of(plan, plan.runs()[0], '').train_dataloader.dataset
     kinds = [train.type, train.dataset.type, train.dataset.dataset.type]
     assert kinds == ['RepeatDataset', 'protune_mm.FewLabels', 'protune_mm.LongTailed']
-    parts['training'].check_data(plan, plan.runs()[:1])
+    parts['data_checks'].check_data(plan, plan.runs()[:1])
 
 
 def test_results_of_other_settings_are_none_of_a_study(study, parts):
@@ -448,6 +490,12 @@ def test_a_task_has_options_for_a_prompt_with_a_name(study, parts, monkeypatch):
     plan = parts['plan'].Study(str(study(['mine'], **change)))
     assert plan.backbone_options('small', 'mine') == dict(
         prompt=dict(type='ProTuningBlock', last='series', scale=0.5)
+    )
+    # What a study says of the backbone comes between.
+    change['(lora=dict('] = '(mine=dict(prompt=dict(ratio=4)), lora=dict('
+    plan = parts['plan'].Study(str(study(['mine'], **change)))
+    assert plan.backbone_options('small', 'mine')['prompt'] == dict(
+        type='ProTuningBlock', last='series', ratio=4, scale=0.5
     )
     # What the name stands for is part of the setting.
     plan = parts['plan'].Study(str(study(['mine'], **dict(list(change.items())[:1]))))
@@ -798,6 +846,17 @@ def test_the_means_over_scenarios(parts):
     less = next(one for one in lines if one['method'] == 'pro-tuning')
     assert rows([one for one in lines if one is not less])[0].startswith('| few labels')
     assert parts['claim'].by_scenario(Wide, {}) == []
+    for metric, kind in (
+        ('multi-label/mAP', 'classification'),
+        ('single-label/f1-score', 'classification'),
+        ('cityscapes/mAP', 'instance segmentation'),
+        ('lvis/segm_AP', 'instance segmentation'),
+        ('lvis/bbox_AP', 'detection'),
+        ('pascal_voc/mAP', 'detection'),
+        ('mDice', 'segmentation'),
+    ):
+        tasks = dict(t=dict(metrics=[metric]))
+        assert parts['claim'].scenario_of(Mock(tasks=tasks), ('t', 1.0, metric)) == kind
     # A metric of no claim; and one seed has no error.
     strange = dict(Wide.tasks, t=dict(metrics=['caption/BLEU']))
     assert parts['claim'].scenario_of(Mock(tasks=strange), ('t', 1.0, 'caption/BLEU')) is None
@@ -915,6 +974,68 @@ def test_a_multiplier_of_a_task_is_for_what_trains_in_the_backbone(study, parts)
             if any(parameter is p for p in model.backbone.parameters() if p.requires_grad)
         }
         assert rates == {dict(full=0.01, mine=0.3).get(run.method, 0.1)}, run.method
+
+
+@pytest.mark.parametrize(
+    ('rules', 'refused'),
+    [
+        ('dict(norm_decay_mult=0.0)', ''),
+        ('dict(custom_keys=dict(norm=dict(decay_mult=0)))', "has 'norm' as well, and only one key"),
+        ('None', 'LearningRateDecay has rates of its own'),
+    ],
+)
+def test_full_fine_tuning_has_its_multiple_beside_other_rules(study, parts, rules, refused):
+    options = f"'optim_wrapper.paramwise_cfg': {rules}"
+    if 'LearningRateDecay' in refused:
+        options += ", 'optim_wrapper.constructor': 'LearningRateDecay'"
+    plan = parts['plan'].Study(
+        str(
+            study(['full'], **{'steps=3': f'steps=3, full_lr_mult=0.01, cfg_options={{{options}}}'})
+        )
+    )
+    run = plan.runs()[0]
+    if refused:
+        with pytest.raises(ValueError, match=f'full_lr_mult=0.01: .*{refused}'):
+            parts['run_config'].config_of(plan, run, '')
+        return
+    cfg = parts['run_config'].config_of(plan, run, '')
+    model = MODELS.build(cfg.model)
+    wrapper = build_optim_wrapper(model, wrap_constructor(cfg.optim_wrapper))
+    ours = {id(p) for p in model.backbone.parameters()}
+    for group in wrapper.optimizer.param_groups:
+        assert {id(p) in ours for p in group['params']} == {group['lr'] < run.lr / 50}
+
+
+def test_the_scores_are_those_of_the_trained_model(parts):
+    """Measuring its memory changes no statistics."""
+
+    class Model(nn.Sequential):
+        def data_preprocessor(self, data, training):
+            return data
+
+        def forward(self, inputs, mode):
+            return super().forward(inputs)
+
+    model = Model(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    loop = Mock(dataloader=[dict(inputs=torch.rand(2, 3, 4, 4) + 5)])
+    assert parts['training'].peak_memory(Mock(model=model, train_loop=loop)) > 0
+    for name, buffer in model.named_buffers():
+        torch.testing.assert_close(buffer, before[name], rtol=0, atol=0)
+
+
+def test_an_evaluator_around_several_metrics_is_looked_into(parts):
+    metrics = [dict(type='CocoMetric', ann_file='a.json'), dict(type='CocoMetric', ann_file='b')]
+    for found in (
+        metrics,
+        dict(type='MultiDatasetsEvaluator', metrics=metrics, dataset_prefixes=['a', 'b']),
+        dict(metrics=metrics),
+    ):
+        run_config, cfg = parts['run_config'], dict(test_evaluator=deepcopy(found))
+        run_config.count_shown(run_config.evaluators_of(cfg, 'test'), dict(indices=[1]))
+        told = run_config.evaluators_of(cfg, 'test')
+        assert told == [dict(type='CocoMetric', ann_file=None)] * 2
+    assert parts['run_config'].evaluators_of(dict(test_evaluator=metrics[0]), 'test') == metrics[:1]
 
 
 def test_a_rate_may_have_a_part_of_the_multiples(study, parts):

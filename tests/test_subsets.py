@@ -11,7 +11,7 @@ from mmengine.registry import DATASETS, DefaultScope
 
 from protune_mm.datasets import FewLabels, LongTailed
 from protune_mm.datasets.subsets import mask_labels
-from protune_mm.robustness import ShotAccuracy
+from protune_mm.robustness import ClassMap, ShotAccuracy
 
 
 class Labelled:
@@ -101,6 +101,32 @@ def test_segmentation_draws_images_that_have_every_class(masks):
         FewLabels(data, 0.5, seeds[False][0])
     # No image of the whole set has a daisy now: a larger fraction would not help.
     assert len(FewLabels(data, 0.5, seeds[True][0])) == 10
+
+
+def test_masks_of_a_detector_are_no_maps_of_its_classes(masks):
+    # Ids of panoptic segments, or stuff: each image has both classes by its boxes.
+    told = [{**info, 'instances': [dict(bbox_label=0), dict(bbox_label=1)]} for info in masks]
+    for seed in range(4):
+        assert len(FewLabels(Labelled(told), 0.5, seed)) == 10
+
+
+class Joined(Labelled):
+    """As MMDetection's ConcatDataset, where its data sets say other things of themselves."""
+
+    def __init__(self, *classes):
+        super().__init__([dict(gt_label=i % 2) for i in range(10)])
+        self.metainfo = [dict(classes=names, root=i) for i, names in enumerate(classes)]
+
+
+def test_joined_data_sets_that_say_other_things_of_themselves():
+    data = Joined(('rose', 'tulip'), ('rose', 'tulip'))
+    part = FewLabels(data, 0.4)
+    assert len(part) == 4
+    assert part.metainfo['classes'] == ('rose', 'tulip')
+    assert ClassMap(data, ['tulip', 'rose']).metainfo['classes'] == ['tulip', 'rose']
+    data = Joined(('rose', 'tulip'), ('tulip', 'rose'))
+    with pytest.raises(ValueError, match=r'have different classes, .* give each the same, by meta'):
+        FewLabels(data, 0.01)
 
 
 def without_odd(info):

@@ -108,15 +108,23 @@ class Results:
         processes = min(processes, len(keys))
         with ProcessPoolExecutor(processes, spawn, start_worker) as pool:
             running = {pool.submit(job, key): key for key in keys}
-            for done in as_completed(running):
-                try:
-                    row = done.result()
-                except BrokenProcessPool:
-                    return
-                except Exception as error:
-                    self._fail(running[done], f'{type(error).__name__}: {error}', progress)
-                else:
-                    self._note(row, progress)
+            try:
+                for done in as_completed(running):
+                    try:
+                        row = done.result()
+                    except BrokenProcessPool:
+                        return
+                    except Exception as error:
+                        self._fail(running[done], f'{type(error).__name__}: {error}', progress)
+                    else:
+                        self._note(row, progress)
+            except BaseException:
+                # Ctrl-C, or a disk that is full: the pool would do all that waits first, and nobody
+                # would note it.
+                pool.shutdown(wait=False, cancel_futures=True)
+                for worker in multiprocessing.active_children():
+                    worker.terminate()
+                raise
 
     def _fail(self, key: str, reason: str, progress: Progress) -> None:
         if self.failure is not None:

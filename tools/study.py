@@ -24,10 +24,12 @@ from pathlib import Path
 
 import torch
 from jobs import Results
-from study_parts.plan import METHODS, Study
+from study_parts.data_checks import check_data, check_ready
+from study_parts.methods import METHODS
+from study_parts.plan import Study
 from study_parts.report import write_report
 from study_parts.runs import Run
-from study_parts.training import check_data, train
+from study_parts.training import train
 
 from protune_mm import cli
 
@@ -84,7 +86,7 @@ def main() -> None:
     results = StudyResults(out / args.results, args.jobs, settings)
     print(f'{results.path}: {len(results.known)} of {len(planned)} runs are there', flush=True)
     if not args.table:
-        study.check_ready(dict.fromkeys(run.task for run in runs))
+        check_ready(study, dict.fromkeys(run.task for run in runs))
         print('looking at the data of all tasks', flush=True)
         check_data(study, [run for run in runs if run.key not in results.known])
         results.work(functools.partial(train, args.study), [run.key for run in runs])

@@ -39,8 +39,8 @@ class Subset:
 
     @property
     def metainfo(self) -> dict:
-        """A copy of the data set's own."""
-        return copy.deepcopy(self.dataset.metainfo)
+        """A copy of the data set's own; of several joined by MMDetection, of the first."""
+        return copy.deepcopy(one_metainfo(self.dataset))
 
     def full_init(self) -> None:
         """Read the data set and choose the images."""
@@ -74,7 +74,8 @@ class Subset:
     def _check_masks(self) -> None:
         """Refuse a part of a segmentation set in which a class has no pixel."""
         infos = [self.dataset.get_data_info(i) for i in self.indices]
-        masks = [info['seg_map_path'] for info in infos if info.get('seg_map_path')]
+        # Those of a detector are of something else: ids of panoptic segments, or stuff.
+        masks = [1 for info in infos if info.get('seg_map_path') and 'instances' not in info]
         classes = self.metainfo.get('classes')
         if not masks or not classes or len(masks) == len(self.dataset):
             return
@@ -262,6 +263,25 @@ def without_mixers(dataset: object) -> object:
     while type(dataset).__name__ in MIXERS:
         dataset = dataset.dataset
     return dataset
+
+
+def one_metainfo(dataset: BaseDataset) -> dict:
+    """What a data set says of itself, where MMDetection's ``ConcatDataset`` has a list of it.
+
+    Raises:
+        ValueError: the data sets in it have different classes.
+    """
+    found = dataset.metainfo
+    if isinstance(found, dict):
+        return found
+    first, *others = found
+    for other in others:
+        if other.get('classes') != first.get('classes'):
+            raise ValueError(
+                f'the joined data sets have different classes, {first.get("classes")} and '
+                f'{other.get("classes")}: give each the same, by metainfo=dict(classes=...)'
+            )
+    return first
 
 
 def mask_labels(info: dict) -> set[int]:

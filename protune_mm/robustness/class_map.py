@@ -10,7 +10,7 @@ from mmengine.dataset import BaseDataset
 from mmengine.evaluator import BaseMetric
 from mmengine.registry import DATASETS as ROOT
 
-from ..datasets.subsets import Subset, image_labels, located
+from ..datasets.subsets import Subset, image_labels, located, one_metainfo
 from ..registry import DATASETS, METRICS
 
 
@@ -43,10 +43,10 @@ class ClassMap(Subset):
     ) -> None:
         if isinstance(dataset, dict):
             dataset = ROOT.build(dataset)
-        own = list(dataset.metainfo.get('classes') or ())
+        own = list(one_metainfo(dataset).get('classes') or ())
         if not own:  # Some know their classes when they have read their folders.
             dataset.full_init()
-            own = list(dataset.metainfo.get('classes') or ())
+            own = list(one_metainfo(dataset).get('classes') or ())
         if not own:
             raise ValueError('the data set names no classes, so they cannot be mapped')
         if isinstance(target, str):

@@ -204,6 +204,8 @@ def per_cent(metric: str) -> bool:
 def found_nothing(metric: str, scores: Mapping[str, float], metrics: Iterable[BaseMetric]) -> bool:
     """Whether a detector found nothing in any image: CocoMetric tells no score at all then.
 
+    So does LVISMetric, which is one.
+
     Args:
         metric: name of the score that is wanted.
         scores: those that there are.
@@ -211,12 +213,12 @@ def found_nothing(metric: str, scores: Mapping[str, float], metrics: Iterable[Ba
             results is no reason that the score is not there.
     """
     prefix, _, name = metric.rpartition('/')
-    if prefix != 'coco' or any(key.startswith('coco/') for key in scores):
+    if any(key.startswith(f'{prefix}/') for key in scores):
         return False
     kind = 'proposal' if name.startswith('AR') else name.partition('_')[0]
     return any(
         'CocoMetric' in [base.__name__ for base in type(each).__mro__]
-        and each.prefix == 'coco'
+        and each.prefix == prefix
         and not each.format_only
         and kind in each.metrics
         for each in metrics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
@@ -77,6 +78,13 @@ CLAIMS = (
     'detection', 'segmentation', 'instance segmentation',
 )  # fmt: skip
 """What the paper says Pro-tuning is better at, and, of few labels, what it says against others."""
+KINDS = (
+    (r'(^|/)(accuracy|single-label|multi-label)/', 'classification'),
+    (r'(^|/)(segm_|cityscapes/)', 'instance segmentation'),
+    (r'mIoU|mDice|mFscore|mAcc|aAcc|PQ', 'segmentation'),
+    (r'mAP|AP50|bbox_', 'detection'),
+)
+"""What a metric's name tells of the task, by the first pattern that it has."""
 
 
 def scenario_of(study: Study, place: tuple) -> str | None:
@@ -94,14 +102,7 @@ def scenario_of(study: Study, place: tuple) -> str | None:
         return 'class imbalance'
     if fraction < 1:
         return 'few labels'
-    kinds = {
-        'segm_mAP': 'instance segmentation',
-        'mAP': 'detection',
-        'accuracy/': 'classification',
-        'mIoU': 'segmentation',
-        'mDice': 'segmentation',
-    }
-    return next((kind for word, kind in kinds.items() if word in metric), None)
+    return next((kind for words, kind in KINDS if re.search(words, metric)), None)
 
 
 def by_scenario(study: Study, found: dict[tuple, dict[str, dict]]) -> list[str]:

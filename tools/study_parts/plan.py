@@ -8,42 +8,16 @@ import inspect
 import itertools
 import json
 import os
-from collections.abc import Iterable
-from pathlib import Path
 
 from mmengine.config import Config
 
 from protune_mm import load_config
 from protune_mm.inject import RATIOS, SHARE
 from protune_mm.prompt_config import NAMED_PROMPTS, chooses_width, prompt_class, prompt_config
-from protune_mm.robustness import CORRUPTIONS, Corrupt, attack_library, check_budgets
 
-from .runs import Run, is_rate
-
-METHODS: dict[str, dict] = {
-    'full': dict(policy='full'),
-    'head-only': dict(policy='head-only'),
-    'pro-tuning': dict(),
-    'bias': dict(policy='bias'),
-    'norm': dict(policy='norm'),
-    'last-k': dict(policy='last-1'),
-    'adapter': dict(prompt=dict(type='Adapter')),
-    'conv-adapter': dict(prompt=dict(type='ConvAdapter')),
-    'lora': dict(prompt=dict(type='LoRA')),
-    'mona': dict(prompt=dict(type='Mona')),
-    'lorand': dict(prompt=dict(type='LoRand')),
-}
-"""Name of a method to what it adds to the line of a Pro-tuned backbone."""
-
-
-NEEDED = ('config', 'backbone', 'metrics', 'fractions', 'steps')
-OPTIONAL = (
-    'few_steps', 'lrs', 'cfg_options', 'channels_last', 'long_tail', 'scenarios', 'prompt_lr_mult',
-    'full_lr_mult', 'validate_on_rest', 'methods', 'options', 'seeds',
-)  # fmt: skip
-"""Keys of a task."""
-SCENARIOS = ('every', 'severities', 'shifts', 'attacks')
-"""Keys of a task's scenarios."""
+from .methods import METHODS
+from .plan_checks import check_study
+from .runs import Run
 
 
 class Study:
@@ -86,156 +60,12 @@ class Study:
             )
         self.tasks = {name: dict(task) for name, task in cfg.tasks.items()}
         self.variants = {name: dict(what) for name, what in cfg.get('variants', {}).items()}
-        self.methods = list(cfg.methods)
-        self.lrs, self.seeds = list(cfg.lrs), list(cfg.seeds)
+        self.methods, self.lrs, self.seeds = cfg.methods, cfg.lrs, cfg.seeds
         self.options = cfg.get('options', {})
         self.note = cfg.get('note', '')
         self.results_name = 'results.jsonl'
         self._configs: dict[str, str] = {}
-        for name in self.variants:
-            if name in METHODS:
-                raise ValueError(f"{path}: variant '{name}' has the name of a method: use another")
-        for name in (*self.tasks, *self.variants):
-            if ' ' in name:
-                raise ValueError(
-                    f"{path}: '{name}' has a space, which parts the key of a run: "
-                    f"use '{name.replace(' ', '-')}'"
-                )
-        self._check_methods(path, self.methods)
-        self._check_seeds(path, self.seeds)
-        for backbone, by_method in self.options.items():
-            self._check_methods(f"{path}: options of '{backbone}'", by_method)
-        for name, task in self.tasks.items():
-            self._check_task(name, task)
-
-    def _check_methods(self, where: str, methods: Iterable[str]) -> None:
-        known = {**METHODS, **self.variants}
-        for method in methods:
-            if method not in known:
-                raise ValueError(f"{where}: method '{method}' is unknown: use {', '.join(known)}")
-
-    @staticmethod
-    def _check_seeds(where: str, seeds: list) -> None:
-        whole = all(isinstance(seed, int) and seed >= 0 for seed in seeds)
-        if not (seeds and whole and len({*seeds}) == len(seeds)):
-            raise ValueError(f'{where}: seeds={seeds}: use different whole numbers, [0, 1, 2]')
-
-    def _check_task(self, name: str, task: dict) -> None:
-        where = f"{self.path}: task '{name}'"
-        for key in NEEDED:
-            if key not in task:
-                raise ValueError(f'{where} has no `{key}`: a task has {", ".join(NEEDED)}')
-        for key in task:
-            if key not in NEEDED + OPTIONAL:
-                raise ValueError(
-                    f'{where} has `{key}`, which is unknown: a task may have {", ".join(OPTIONAL)}'
-                )
-        if self.options and task['backbone'] not in self.options:
-            raise ValueError(
-                f"{where}: options has none for backbone='{task['backbone']}': it has "
-                f"{', '.join(self.options)}; add '{task['backbone']}': {{}} if there are none"
-            )
-        self._check_methods(where, task.get('methods', ()))
-        self._check_seeds(where, self.seeds_of(name))
-        for key, choices in (
-            ('fractions', task['fractions']),
-            ('methods', task.get('methods', self.methods)),
-        ):
-            if len({*choices}) < len(choices):
-                raise ValueError(f'{where}: {key}={list(choices)} names one twice: leave it out')
-        self._check_methods(f'{where}: options', task.get('options', ()))
-        for key in ('prompt_lr_mult', 'full_lr_mult'):
-            if not task.get(key, 1) > 0:
-                raise ValueError(f'{where}: {key}={task[key]} is no factor: use > 0')
-        self._check_rates(where, name)
-        self._check_scenarios(where, task)
-        if '::' not in task['config'] and not Path(task['config']).exists():
-            raise ValueError(f'{where} has no config {task["config"]}')
-        if task.get('validate_on_rest') and (
-            'long_tail' in task or any(metric.startswith('coco/') for metric in task['metrics'])
-        ):
-            raise ValueError(
-                f'{where}: validate_on_rest is for data sets without a long tail, and not for '
-                'metrics that read an annotation file'
-            )
-        for fraction in task['fractions']:
-            if not 0 < fraction <= 1:
-                raise ValueError(f'{where}: fraction {fraction} is no part of the labels')
-        for key in ('steps', 'few_steps'):
-            if task.get(key, 2) < 2:
-                raise ValueError(f'{where}: {key}={task[key]} leaves no step after the warm-up')
-
-    def _check_rates(self, where: str, name: str) -> None:
-        lrs, task = list(self._lrs(name)), self.tasks[name]
-        try:
-            rates = self.rates_of(name)
-            good = rates and all(is_rate(*rate) for rate in rates)
-        except (TypeError, ValueError):
-            good = False
-        if not good:
-            raise ValueError(
-                f'{where}: lrs={lrs} is no grid of learning rates: use [1e-3, 3e-3], or '
-                '[1e-3, (3e-3, 0.5)] for one with half of the multiples in the backbone'
-            )
-        if len({*rates}) < len(rates):
-            raise ValueError(f'{where}: lrs={lrs} names one twice: leave it out')
-        for method in task.get('methods', self.methods):
-            for _, part in self.rates_of(name, method):
-                self.backbone_options(name, method, part)
-
-    @staticmethod
-    def _check_scenarios(where: str, task: dict) -> None:
-        wanted = task.get('scenarios', {})
-        if not isinstance(wanted, dict):
-            raise ValueError(f'{where}: scenarios={wanted}: use a dict, or leave it out')
-        for key in wanted:
-            if key not in SCENARIOS:
-                raise ValueError(f'{where}: scenarios.{key} is unknown: use {", ".join(SCENARIOS)}')
-        for severity in wanted.get('severities', ()):
-            if severity not in range(1, 6):
-                raise ValueError(f'{where}: scenarios.severities has {severity}: use 1 to 5')
-        for attack, budgets in wanted.get('attacks', {}).items():
-            try:
-                check_budgets(attack, budgets)
-            except ValueError as error:
-                raise ValueError(f'{where}: {error}') from error
-            if not task['metrics'][0].startswith(('accuracy/', 'shots/', 'single-label/')):
-                raise ValueError(
-                    f'{where}: attacks are for classifiers; {task["metrics"][0]} is no accuracy'
-                )
-
-    def check_ready(self, tasks: Iterable[str]) -> None:
-        """Look for what some tasks need, before the first run.
-
-        Raises:
-            ValueError: a config has no dataloader of a split, or one of which no part can be shown.
-            ModuleNotFoundError: a library that corrupts or attacks is not installed.
-        """
-        for name in tasks:
-            task = self.tasks[name]
-            cfg = load_config(task['config'], cfg_options=dict(task.get('cfg_options', {})))
-            for split in ('train', 'val', 'test'):
-                if not cfg.get(f'{split}_dataloader'):
-                    raise ValueError(
-                        f"{self.path}: task '{name}': {task['config']} has no {split}_dataloader"
-                    )
-            wanted = task.get('scenarios', {})
-            tested = cfg.test_dataloader.dataset
-            if wanted.get('every', 1) > 1 and {'dataset', 'datasets'} & set(tested):
-                raise ValueError(
-                    f"{self.path}: task '{name}': scenarios.every={wanted['every']} is for a plain "
-                    f'test data set, not for {tested.type} around another: leave it out'
-                )
-            start = tested.get('indices')
-            if wanted.get('every', 1) > 1 and isinstance(start, int) and start < 0:
-                raise ValueError(
-                    f"{self.path}: task '{name}': scenarios.every={wanted['every']} cannot count "
-                    f'from the end: give the test data set a list in place of indices={start}'
-                )
-            if wanted.get('severities'):
-                Corrupt(CORRUPTIONS[0], 1)
-            if wanted.get('attacks'):
-                attack_library()
+        check_study(self)
 
     def runs(self) -> list[Run]:
         """All runs: what can be compared first comes first."""
@@ -310,11 +140,8 @@ class Study:
     def _own_options(self, task: str, method: str) -> dict:
         """Those of a method, without what a task says of all."""
         plan = self.tasks[task]
-        if method in self.variants:
-            found = copy.deepcopy(self.variants[method])
-        else:
-            found = copy.deepcopy(METHODS[method])
-            _update(found, self.options.get(plan['backbone'], {}).get(method))
+        found = copy.deepcopy({**METHODS, **self.variants}[method])
+        _update(found, self.options.get(plan['backbone'], {}).get(method))
         _update(found, plan.get('options', {}).get(method))
         return found
 

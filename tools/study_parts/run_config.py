@@ -11,6 +11,7 @@ import protune_mm
 from protune_mm import cli
 from protune_mm.config import config_backbones
 from protune_mm.datasets import MIXERS
+from protune_mm.optim import DEFAULT_CONSTRUCTOR
 
 from .plan import Study
 from .runs import Run
@@ -28,8 +29,10 @@ def type_name(config: dict) -> str:
 
 
 def evaluators_of(cfg: Config, split: str) -> list[dict]:
-    """Those of a split, of which a config may have one or many."""
+    """The metrics of a split: its evaluator may be one, a list, or an evaluator around several."""
     found = cfg[f'{split}_evaluator']
+    if not isinstance(found, (list, tuple)):
+        found = found.get('metrics', [found])
     return list(found) if isinstance(found, (list, tuple)) else [found]
 
 
@@ -55,18 +58,53 @@ def count_shown(evaluators: list[dict], dataset: dict) -> None:
             evaluator['ann_file'] = None
 
 
+def holder_of(loader: dict) -> dict:
+    """What holds the config of the data set, inside wrappers that repeat or mix its images."""
+    holder = loader
+    while type_name(holder['dataset']) in MIXERS:
+        holder = holder['dataset']
+    return holder
+
+
+def with_backbone_rate(cfg: Config, rules: dict, lr_mult: float) -> dict:
+    """``custom_keys`` by which all of the backbone trains at a multiple of the rate.
+
+    Raises:
+        ValueError: the config has rules beside which that would not be so. mmengine goes by one
+            key for a parameter, the longest, and by none in constructors of layer decay.
+    """
+    keys = dict(rules.get('custom_keys') or {})
+    others = [key for key in keys if key != 'backbone']
+    constructor = cfg.optim_wrapper.get('constructor', DEFAULT_CONSTRUCTOR)
+    named = all(name.removeprefix('model.') == 'backbone' for name, _ in config_backbones(cfg))
+    why = ''
+    if others:
+        why = f"its custom_keys has '{others[0]}' as well, and only one key counts for a parameter"
+    elif constructor != DEFAULT_CONSTRUCTOR:
+        why = f'{constructor} has rates of its own'
+    elif not named:
+        why = 'its backbone is not model.backbone'
+    if why:
+        raise ValueError(
+            f'full_lr_mult={lr_mult:g}: {why}: write the multiple into the config, and leave '
+            'full_lr_mult out'
+        )
+    keys['backbone'] = {**keys.get('backbone', {}), 'lr_mult': lr_mult}
+    return keys
+
+
 def config_of(study: Study, run: Run, work: str) -> Config:
     """The config of one run."""
     task = study.tasks[run.task]
     steps = steps_of(task, run)
     cfg = protune_mm.load_config(task['config'], cfg_options=dict(task.get('cfg_options', {})))
     options = study.backbone_options(run.task, run.method, run.lr_part)
-    rules = cfg.optim_wrapper.get('paramwise_cfg') or {}
+    # A plain dict: what a ConfigDict is given it copies.
+    rules = dict(cfg.optim_wrapper.get('paramwise_cfg') or {})
     if 'prompt_lr_mult' in options:
         rules['prompt_lr_mult'] = options.pop('prompt_lr_mult')
     if 'full_lr_mult' in options:
-        of_backbone = rules.setdefault('custom_keys', {}).setdefault('backbone', {})
-        of_backbone['lr_mult'] = options.pop('full_lr_mult')
+        rules['custom_keys'] = with_backbone_rate(cfg, rules, options.pop('full_lr_mult'))
     cfg.optim_wrapper.paramwise_cfg = rules
     prompt_warmup = options.pop('prompt_warmup', None)
     for _, backbone in config_backbones(cfg):
@@ -84,10 +122,7 @@ def config_of(study: Study, run: Run, work: str) -> Config:
     loader = cfg.train_dataloader
     loader.sampler = dict(type='InfiniteSampler', shuffle=True)
     loader.pop('batch_sampler', None)
-    # A part of the images belongs inside wrappers that repeat or mix them.
-    holder = loader
-    while type_name(holder.dataset) in MIXERS:
-        holder = holder.dataset
+    holder = holder_of(loader)
     if 'long_tail' in task:
         holder.dataset = dict(
             type='protune_mm.LongTailed',

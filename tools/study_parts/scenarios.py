@@ -42,20 +42,22 @@ def scenario_scores(runner: Runner, cfg: Config, task: dict, run: Run) -> dict[s
     wanted = task.get('scenarios')
     if not wanted:
         return {}
-    plain, evaluator = copy.deepcopy(cfg.test_dataloader), copy.deepcopy(evaluators_of(cfg, 'test'))
+    cfg = copy.deepcopy(cfg)
+    plain = cfg.test_dataloader
     every = wanted.get('every', 1)
     if every > 1:
         chosen = plain.dataset.get('indices')
         if not isinstance(chosen, (list, tuple)):  # A number stands for the first so many.
             chosen = range(len(runner.test_dataloader.dataset))
         plain.dataset.indices = list(chosen)[::every]
-        count_shown(evaluator, plain.dataset)
+        count_shown(evaluators_of(cfg, 'test'), plain.dataset)
     metric, found = task['metrics'][0], {}
 
     def test(dataloader: dict) -> float:
-        runner._test_loop = TestLoop(
-            runner, runner.build_dataloader(dataloader), runner.build_evaluator(evaluator)
-        )
+        # With the seed what its workers draw is the same for all methods.
+        loader = runner.build_dataloader(dataloader, seed=runner.seed)
+        evaluator = runner.build_evaluator(copy.deepcopy(cfg.test_evaluator))
+        runner._test_loop = TestLoop(runner, loader, evaluator)
         found = runner.test()
         return score(found, metric, run, runner.test_loop.evaluator.metrics)
 
@@ -71,7 +73,7 @@ def scenario_scores(runner: Runner, cfg: Config, task: dict, run: Run) -> dict[s
         error = summary(1.0, scores, per_cent(metric))['mCE']
         found[f'100 - mCE, severity {severity}'] = 100 - error
     for attack, budgets in wanted.get('attacks', {}).items():
-        loader = runner.build_dataloader(plain)
+        loader = runner.build_dataloader(plain, seed=runner.seed)
         runner._test_loop = AttackLoop(runner, loader, attack, [b / 255 for b in budgets])
         found |= runner.test()
     return found

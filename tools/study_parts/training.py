@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
 import math
@@ -10,7 +9,6 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Iterator
 from unittest import mock
 
 import torch
@@ -18,7 +16,7 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.logging import MessageHub, MMLogger
 from mmengine.model import BaseModel
-from mmengine.registry import DATASETS, DefaultScope
+from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 from mmengine.visualization import Visualizer
 from torch import nn
@@ -26,14 +24,14 @@ from torch import nn
 import protune_mm
 from protune_mm import cli
 from protune_mm.compat import processor, stack_versions
-from protune_mm.config import config_backbones, library
+from protune_mm.config import config_backbones
 from protune_mm.hooks import DivergedError
 from protune_mm.lean.layout import NeedsContiguous, give_contiguous
 from protune_mm.lean.memory import kept_bytes
 from protune_mm.tuned import prompt_parameters
 
 from .plan import Study
-from .run_config import config_of, evaluators_of, steps_of, type_name
+from .run_config import config_of, steps_of
 from .runs import Run
 from .scenarios import check_scenarios, scenario_metrics, scenario_scores, score
 
@@ -193,84 +191,6 @@ def to_channels_last(model: nn.Module) -> None:
             module.to(memory_format=torch.contiguous_format)
 
 
-def check_apart(cfg: Config) -> None:
-    """Refuse a task that trains on images it chooses or is tested by, or chooses by test images.
-
-    Raises:
-        ValueError: two of its splits have an image in common.
-    """
-    seen: dict[str, set] = {}
-    with DefaultScope.overwrite_default_scope(library(cfg)):
-        for split in ('train', 'val', 'test'):
-            dataset = DATASETS.build(copy.deepcopy(cfg[f'{split}_dataloader'].dataset))
-            infos = (dataset.get_data_info(i) for i in range(len(dataset)))
-            # Sets such as CIFAR hold their images and have no paths.
-            found = {info.get('img_path') or info['img'].tobytes() for info in infos}
-            for other, images in seen.items():
-                if found & images:
-                    raise ValueError(
-                        f'{len(found & images)} of {len(found)} images of its {split} split are '
-                        f'in its {other} split: give them images of their own, by '
-                        'protune_mm.FewLabels and its rest=True, or by `indices`'
-                    )
-            seen[split] = found
-
-
-def pipelines(dataset: dict) -> Iterator[list[dict]]:
-    """Those of a data set's config, within its wrappers."""
-    if 'pipeline' in dataset:
-        yield dataset['pipeline']
-        return
-    for inner in dataset.get('datasets') or [dataset.get('dataset')]:
-        if inner:
-            yield from pipelines(inner)
-
-
-def check_evaluators(cfg: Config, every: int) -> None:
-    """Refuse COCO's metric without an annotation file where no step gives it the boxes.
-
-    Args:
-        cfg: the config of a run.
-        every: of its task's scenarios, which test on a part of the images where it is above 1.
-
-    Raises:
-        ValueError: the metric would fail after the training.
-    """
-    for split in ('val', 'test'):
-        told = all(
-            'instances' in step.get('meta_keys', ())
-            for pipeline in pipelines(cfg[f'{split}_dataloader'].dataset)
-            for step in pipeline
-            if type_name(step) == 'PackDetInputs'
-        )
-        for evaluator in evaluators_of(cfg, split):
-            alone = not evaluator.get('ann_file') or (split == 'test' and every > 1)
-            if type_name(evaluator) == 'CocoMetric' and alone and not told:
-                raise ValueError(
-                    f'the {split} split is a part of the images, so CocoMetric takes the boxes '
-                    f"from them: add LoadAnnotations to its pipeline, and 'instances' to the "
-                    'meta_keys of PackDetInputs'
-                )
-
-
-def check_data(study: Study, runs: Iterable[Run]) -> None:
-    """Build the data sets of each task, fraction and seed of some runs, before the first of them.
-
-    Raises:
-        ValueError: a fraction leaves a class empty, or two splits have an image in common.
-    """
-    first = {(run.task, run.fraction, run.seed): run for run in runs}
-    for run in first.values():
-        try:
-            cfg = config_of(study, run, '')
-            check_apart(cfg)
-            task = study.tasks[run.task]
-            check_evaluators(cfg, task.get('scenarios', {}).get('every', 1))
-        except ValueError as error:
-            where = f"task '{run.task}', fraction {run.fraction:g}, seed {run.seed}"
-            raise ValueError(f'{where}: {error}') from error
-
-
 def is_finite(model: BaseModel) -> bool:
     """Whether all weights that train are numbers."""
     return all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad)
@@ -283,7 +203,13 @@ def peak_memory(runner: Runner) -> int:
     model: BaseModel = runner.model.train()
     data = next(iter(runner.train_loop.dataloader))
     data = model.data_preprocessor(data, True)
-    return kept_bytes(lambda: model(**data, mode='loss'))
+    # The passes are not to count in the statistics of batch norms: the model is scored yet.
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    kept = kept_bytes(lambda: model(**data, mode='loss'))
+    for name, buffer in model.named_buffers():
+        if name in before and not torch.equal(buffer, before[name]):
+            buffer.copy_(before[name])
+    return kept
 
 
 def backbone_counts(model: BaseModel, cfg: Config) -> dict:
