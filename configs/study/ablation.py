@@ -99,7 +99,12 @@ variants['inside-fixed-hidden20'] = dict(_base_.trained, prompt=dict(fixed, hidd
 fixes = ['inside-fixed', 'inside-fixed-scale1']
 fixes_camvid = ['inside-fixed', 'inside-fixed-hidden20']
 # A warm-up of the rate of the prompts, over half of the steps.
-variants['inside-fixed-warmup'] = dict(_base_.principal, prompt_warmup=0.5)
+warmups = {
+    'inside-fixed-warmup': dict(_base_.principal, prompt_warmup=0.5),
+    'lora-warmup': dict(prompt=dict(type='LoRA', rank=12), prompt_warmup=0.5),
+    'adapter-warmup': dict(prompt=dict(type='Adapter'), prompt_warmup=0.5),
+}
+variants |= warmups
 # Rivals that start as code of their authors does, but for the last layer, which is zero in both.
 starts = ['adapter-authors', 'mona-authors']
 variants[starts[0]] = dict(prompt=dict(type='Adapter', authors_init=True))
@@ -114,7 +119,7 @@ first = [
 ]  # fmt: skip
 apart = {
     'stages-plain', *first, *scales[1:], vit[1], *drops, *fixes, *fixes_camvid, *starts,
-    'inside-fixed-warmup',
+    *warmups,
 }  # fmt: skip
 methods = [*ends, *(name for name in variants if name not in apart), *first]
 
@@ -257,8 +262,19 @@ tasks['fruit-more-validation'] = dict(
 # 1. Its lines have test scores, which no table shows here.
 tasks['fruit-max-norm10'] = dict(_base_.fruit, fractions=[1.0, 0.25], methods=_base_.methods)
 # The `pro-tuning` of this one is the same without it.
-warmup = 'inside-fixed-warmup'
-tasks['fruit-warmup'] = dict(fruit, fractions=[0.25, 1.0], lrs=[1e-3, 2e-3], methods=[warmup])
+tasks['fruit-warmup'] = dict(
+    fruit, fractions=[0.25, 1.0], lrs=[1e-3, 2e-3], methods=[*warmups][:1]
+)
+# Segmentation of 250 steps, where the head is new: with and without it, and less of the multiple.
+segment = ['inside-fixed', 'lora', 'adapter', *warmups]
+tasks['camvid-warmup'] = dict(
+    camvid,
+    fractions=[1.0],
+    seeds=_base_.seeds,
+    lrs=[(6e-2, 0.25), (6e-2, 0.5), 6e-2],
+    methods=segment,
+    options={name: dict(prompt=_base_.camvid_prompt) for name in segment if 'inside' in name},
+)
 # With few labels, gradients cut to a norm of 1 and 0.1.
 few = tasks['fruit-more-validation']
 for longest in (1.0, 0.1):
@@ -270,8 +286,8 @@ for longest in (1.0, 0.1):
         cfg_options={**few['cfg_options'], 'optim_wrapper.clip_grad.max_norm': longest},
     )
 # Detection and instances of the study with a norm of 1: a look, by validation, before all methods get it.
-for name in ('bccd', 'camvid-instances'):
-    task = {key: value for key, value in _base_.tasks[name].items() if key != 'scenarios'}
+for name, task in (('bccd', _base_.bccd), ('camvid-instances', instances)):
+    task = {key: value for key, value in task.items() if key != 'scenarios'}
     tasks[f'{name}-clip1'] = dict(
         task,
         seeds=_base_.seeds,
@@ -303,4 +319,4 @@ tasks['flowers5-sgd'] = dict(
         'optim_wrapper.optimizer.weight_decay': 1e-4,
     },
 )
-del hidden, scale, alpha, rate, prompt, one_rate, name, task, instances, longest, few, warmup
+del hidden, scale, alpha, rate, prompt, one_rate, name, task, instances, longest, few, segment

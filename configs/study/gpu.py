@@ -41,6 +41,7 @@ options = {
 }
 in_camvid = {'pro-tuning': dict(prompt=_base_.camvid_trained)}
 half = dict(every=2)
+detect = dict(dense, scenarios=half, cfg_options={**dense['cfg_options'], **_base_.clip})
 # In so many steps the head needs no such rate as in cpu.py's 250: these are the multipliers of the
 # long trainings in docs/real_runs. ViT-S keeps those of cpu.py.
 segment = dict(dense, scenarios=half, lrs=[1e-3, 3e-3, 1e-2], prompt_lr_mult=0.3, full_lr_mult=0.1)
@@ -50,13 +51,9 @@ tasks = {
     'flowers5-long-tailed': dict(classify),
     'camvid': dict(segment, fractions=[1.0, 0.2], options=in_camvid),
     'camvid-longer': dict(options=in_camvid),
-    'fruit': dict(
-        dense,
-        scenarios=half,
-        cfg_options={**dense['cfg_options'], 'optim_wrapper.clip_grad.max_norm': 1.0},
-    ),
+    'fruit': detect,
     'flowers5-vit': dict(classify, fractions=[0.05, 0.2, 1.0]),
     'camvid-r18': dict(segment, fractions=[1.0, 0.2]),
-    'bccd': dict(dense, scenarios=half, fractions=[1.0, 0.25]),
+    'bccd': dict(detect, fractions=[1.0, 0.25], lrs=[5e-4, 1e-3, 2e-3, 4e-3]),
     'camvid-instances': dict(dense),
 }
