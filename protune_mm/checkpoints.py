@@ -12,8 +12,8 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from .base_weights import origin_of, own_files, provide, whole_address
-from .frozen import check_tuned
 from .identity import KEY, Identity
+from .loading import check_tuned
 from .registry import HOOKS
 from .tuned import backbones, frozen_keys, frozen_tensors, is_teacher, unwrapped
 from .weights import LoadRecord

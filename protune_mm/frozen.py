@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,9 +11,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
-from .base_weights import provide, wrong_base
+from .base_weights import provide
 from .identity import Identity
 from .lean import forget, inputs_channels_last, link, to_stock
+from .loading import (
+    after_load,
+    check_tuned,
+    check_weights,
+    give_back,
+    loads_pretrained,
+    without_prompts,
+)
 from .prompted import PromptedBlock, choice, plain_maps, sets_of
 from .stages import find_family
 from .subclass import add_mixin, stock_type
@@ -24,11 +30,9 @@ from .tuned import (
     State,
     forks,
     frozen_tensors,
-    prompt_parameters,
     prompts,
     trained_blocks,
     trained_modules,
-    tuned_state,
 )
 from .weights import LoadRecord
 
@@ -120,11 +124,11 @@ class ProTunedBackbone:
         prompts: the neck and head of one seed start as they do in the stock model.
         """
         # Weights that came with the module are not to be overwritten by a random start.
-        keep = self._protune.loads.given and not _loads_pretrained(self)
+        keep = self._protune.loads.given and not loads_pretrained(self)
         if hasattr(super(), 'init_weights') and not keep:
             before, self._protune.initializing = self._protune.initializing, True
             try:
-                with _without_prompts(self):
+                with without_prompts(self):
                     super().init_weights()
             finally:
                 self._protune.initializing = before
@@ -149,7 +153,7 @@ class ProTunedBackbone:
         if told is not None:
             if '_protune_taken' in self.__dict__:
                 # `init_cfg` names a file with prompts: they are part of what it initializes.
-                _give_back(self)
+                give_back(self)
                 self._protune.initialized = True
             check_tuned(self, told, state_dict, prefix)
             lacking = (prefix + name not in state_dict for name, _ in frozen_tensors(self))
@@ -170,45 +174,6 @@ class ProTunedBackbone:
             for name, tensor in frozen_tensors(self)
             if getattr(state_dict.get(prefix + name), 'shape', tensor.shape) != tensor.shape
         }
-
-
-def check_tuned(backbone: nn.Module, told: Identity, state_dict: dict, prefix: str) -> None:
-    """Refuse a checkpoint whose prompts are not those of a backbone, before anything is loaded.
-
-    Stock loading only logs keys that are missing or of another shape.
-
-    Args:
-        backbone: a :class:`ProTunedBackbone`.
-        told: what the checkpoint says.
-        state_dict: the checkpoint's.
-        prefix: name of the backbone inside the model, with a dot at its end.
-
-    Raises:
-        ValueError: they were tuned with other options, lack some parameter, or have another shape.
-    """
-    mine = backbone._protune.placed
-    kind = type(backbone).__name__
-    # The type first: where it differs, so do its places and its options.
-    for key in sorted({*mine, *told.options}, key=lambda key: (key != 'prompt.type', key)):
-        if mine.get(key) != told.options.get(key):
-            raise ValueError(
-                f'the checkpoint was tuned with {key}={told.options.get(key)!r}, but this {kind} '
-                f'has {key}={mine.get(key)!r}: build it with the options of the checkpoint'
-            )
-    tuned = tuned_state(backbone)
-    for name, tensor in tuned.items():
-        there = state_dict.get(prefix + name)
-        if there is None:
-            raise ValueError(f"the checkpoint lacks '{prefix}{name}' of this {kind}")
-        if there.shape != tensor.shape:
-            raise ValueError(
-                f"the checkpoint has '{prefix}{name}' of shape {tuple(there.shape)}, this {kind} "
-                f'of {tuple(tensor.shape)}'
-            )
-    inside = tuple(f'{prefix}{name}.' for name in prompts(backbone))
-    for name in state_dict:
-        if name.startswith(inside) and name.removeprefix(prefix) not in tuned:
-            raise ValueError(f"the checkpoint has '{name}', which this {kind} has not")
 
 
 def _show_plain(backbone: nn.Module, out: Any, plain: list[tuple[Tensor, Tensor]]) -> Any:
@@ -239,36 +204,6 @@ def _show_plain(backbone: nn.Module, out: Any, plain: list[tuple[Tensor, Tensor]
             "before the last as it is: use features='prompted'"
         )
     return shown
-
-
-def _loads_pretrained(module: nn.Module) -> bool:
-    rules = getattr(module, 'init_cfg', None) or []
-    rules = [rules] if isinstance(rules, dict) else rules
-    return any('checkpoint' in rule for rule in rules)
-
-
-@contextmanager
-def _without_prompts(backbone: nn.Module) -> Iterator[None]:
-    blocks = [m for m in backbone.modules() if isinstance(m, PromptedBlock)]
-    backbone._protune_taken = [(block, block._modules.pop('prompt')) for block in blocks]
-    try:
-        yield
-    finally:
-        _give_back(backbone)
-
-
-def _give_back(backbone: nn.Module) -> None:
-    # mmengine keeps a record of all parameters while it initializes, and refuses new ones.
-    record = backbone.__dict__.get('_params_init_info')
-    for block, prompt in backbone.__dict__.pop('_protune_taken', ()):
-        block._modules['prompt'] = prompt
-        if record is None:
-            continue
-        for module in prompt.modules():
-            module._params_init_info = record
-        for parameter in prompt.parameters():
-            if parameter not in record:
-                record[parameter] = dict(init_info='its own start', tmp_mean_value=None)
 
 
 def _trained_parameters(backbone: nn.Module) -> Iterator[nn.Parameter]:
@@ -308,40 +243,7 @@ def freeze(
     for parameter in _trained_parameters(module):
         parameter.requires_grad_(parameter.is_floating_point())
     module.train(mode)
-    module.register_load_state_dict_post_hook(_after_load)
-
-
-def _after_load(module: nn.Module, incompatible: Any) -> None:
-    """Record what a load brought; a stock checkpoint without prompts is no cause for warnings.
-
-    A module-level function, so that deepcopy and pickle of the backbone work.
-    """
-    loads = module._protune.loads
-    mine = [f'{loads.prefix}{name}' for name in prompt_parameters(module)]
-    missing = set(incompatible.missing_keys)
-    # Some layers keep what they computed from their weights when they were last told the mode.
-    module.train(any(trained.training for trained in trained_modules(module).values()))
-    told, module._protune.told = module._protune.told, None
-    if told is not None:
-        if module.protune_fingerprint() != told.fingerprint:
-            raise RuntimeError(wrong_base(module, told))
-        if told.origin.get('mixture') or not module._protune.origin:
-            module._protune.origin = told.origin
-        frozen = {f'{loads.prefix}{name}' for name, _ in frozen_tensors(module)}
-        keep = [key for key in incompatible.missing_keys if key not in frozen]
-        incompatible.missing_keys[:] = keep
-        missing -= frozen
-    loads.note(dict(frozen_tensors(module)), missing, incompatible.unexpected_keys)
-    if mine and missing.issuperset(mine):
-        # With their buffers: statistics of a norm, or a first convolution that is not trained.
-        whose = tuple(f'{loads.prefix}{path}.' for path in prompts(module))
-        keep = [key for key in incompatible.missing_keys if not key.startswith(whose)]
-        incompatible.missing_keys[:] = keep
-        print_log(
-            f'{type(module).__name__}: the loaded weights hold no prompts; the prompts keep their '
-            'start',
-            logger='current',
-        )
+    module.register_load_state_dict_post_hook(after_load)
 
 
 def check_places(module: nn.Module) -> None:
@@ -361,24 +263,3 @@ def check_places(module: nn.Module) -> None:
             "(sync_bn) or by fusing norms, say; prompts after stages (stages=None or 'blocks') sit "
             'on none of these'
         )
-
-
-def check_weights(module: nn.Module) -> None:
-    """Say loudly, once, when a frozen backbone runs on weights that were never loaded.
-
-    Args:
-        module: a :class:`ProTunedBackbone`.
-
-    Raises:
-        RuntimeError: weights are missing and the backbone was built with
-            ``require_weights=True``.
-    """
-    loads = module._protune.loads
-    loads.checked = True
-    problem = loads.problem(module, dict(frozen_tensors(module)))
-    if problem is None:
-        return
-    if module._protune.options.require_weights:
-        loads.checked = False
-        raise RuntimeError(problem)
-    print_log(problem, logger='current', level=logging.WARNING)

@@ -10,8 +10,8 @@ from mmengine.optim import AmpOptimWrapper
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from .frozen import check_weights
 from .identity import digest
+from .loading import check_weights
 from .prompts.convs import fixed_layers
 from .registry import HOOKS
 from .report import parameter_line

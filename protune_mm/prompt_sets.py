@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from .base_weights import wrong_base
 from .checkpoints import identities
 from .files import whole_file
-from .frozen import check_tuned
 from .identity import KEY, Identity
+from .loading import check_tuned
 from .probe import with_checkpoints
 from .prompted import PromptedBlock, choice, sets_of
 from .tuned import backbones, heads, prompts

@@ -30,8 +30,8 @@ from torch.distributed.fsdp import (
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP  # noqa: N817
 
 from .checkpoints import note_origin
-from .frozen import check_weights
 from .identity import KEY, fingerprint, identifying
+from .loading import check_weights
 from .optim import check_warmup, wrap_constructor
 from .prompted import PromptedBlock
 from .prompts.convs import fixed_layers
