@@ -135,3 +135,14 @@ def test_half_a_line_is_left_out_and_the_file_goes_on(monkeypatch, tmp_path):
     note(more, path)
     assert path.read_text() == f'{json.dumps(ROW)}\n{json.dumps(more)}\n'
     assert [file.name for file in tmp_path.iterdir()] == ['results.jsonl']
+
+
+def test_the_committed_table_is_what_its_results_say(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+    import compare
+
+    folder = ROOT / 'docs' / 'real_runs'
+    rows = compare.read(folder / 'results.jsonl')
+    assert (folder / 'README.md').read_text() == compare.table(rows)
+    for row in rows:  # The command of a run gives its options.
+        assert all(f' {option}' in row['command'] for option in row['options'])
