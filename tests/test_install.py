@@ -1,6 +1,7 @@
 """tools/install.sh: which ops of mmcv it wants, takes and builds."""
 
 import os
+import shlex
 import subprocess
 import sys
 
@@ -33,6 +34,9 @@ def nms(boxes, scores, threshold):
 }
 
 
+UNSET = ('FORCE_CUDA', 'CUDA_HOME', 'TORCH_CUDA_ARCH_LIST')
+
+
 @pytest.fixture
 def bash(tmp_path):
     """A function: run commands after install.sh, with stand-ins for torch and mmcv."""
@@ -42,9 +46,10 @@ def bash(tmp_path):
         path.write_text(text)
 
     def run(commands, **given):
-        start = f'source tools/install.sh; PYTHON={sys.executable}; REPO={tmp_path}\n'
+        python, root = map(shlex.quote, (sys.executable, str(tmp_path)))
+        start = f'source tools/install.sh; PYTHON={python}; REPO={root}\n'
         world = {'GPU': '0', 'BUILT': 'cpu', 'PYTHONPATH': str(tmp_path / 'stubs'), **given}
-        clean = {k: v for k, v in os.environ.items() if k not in ('FORCE_CUDA', 'CUDA_HOME')}
+        clean = {k: v for k, v in os.environ.items() if k not in UNSET}
         return subprocess.run(
             ['bash', '-c', start + commands],
             capture_output=True,
@@ -70,19 +75,31 @@ def bash(tmp_path):
     ],
 )
 def test_an_mmcv_without_the_ops_that_are_needed_does_not_work(bash, given, works):
-    done = bash('OPS=$(needed_ops); mmcv_works', **given)
+    ops = 'cuda' if '1' in (given.get('GPU'), given.get('FORCE_CUDA')) else 'cpu'
+    done = bash(f'OPS={ops}; mmcv_works', **given)
     assert (done.returncode == 0) == works, done.stderr
 
 
-# No wheel is found, and the build says what it would be started with.
+# No mmcv is here, no wheel is found, and the build says what it would be started with.
 BUILD = """
+mmcv_works() { [[ ${HERE:-} == "$OPS" ]]; }
 find_mmcv() { echo "look for $OPS in $1"; mkdir -p "$1"; return 1; }
 check_compiler() { :; }
-env() { printf '%s\\n' "$*"; }
+env() { printf '%s\\n' "$*"; [[ $OPS != "${FAILS:-}" ]]; }
 try_mmcv() { cat "$(dirname "$1")/build.log"; }
 install_mmcv
 """
 ALONE = 'no GPU is seen here: the ops are for the CPU alone'
+GPU = dict(TORCH_CUDA='13', GPU='1')
+
+
+@pytest.fixture
+def nvcc(tmp_path):
+    path = tmp_path / 'cuda' / 'bin' / 'nvcc'
+    path.parent.mkdir(parents=True)
+    path.write_text('')
+    path.chmod(0o755)
+    return str(path.parent.parent)
 
 
 @pytest.mark.parametrize(
@@ -90,12 +107,24 @@ ALONE = 'no GPU is seen here: the ops are for the CPU alone'
     [
         (dict(), ['cpu'], True, None),
         (dict(TORCH_CUDA='13'), ['cpu'], True, ALONE),
-        (dict(TORCH_CUDA='13', GPU='1'), ['cuda', 'cpu'], True, 'A GPU is here but no nvcc'),
-        (dict(TORCH_CUDA='13', GPU='1', NVCC='/cuda'), ['cuda'], False, 'CUDA ops are built too'),
-        (dict(TORCH_CUDA='13', FORCE_CUDA='1', NVCC='/cuda'), ['cuda'], False, 'CUDA ops are'),
+        (GPU, ['cuda', 'cpu'], True, 'A GPU is here but no nvcc'),
+        (dict(GPU, NVCC='/no/such'), ['cuda', 'cpu'], True, 'A GPU is here but no nvcc'),
+        (dict(GPU, NVCC='here'), ['cuda'], False, 'CUDA ops are built too'),
+        (dict(GPU, NVCC='here', FAILS='cuda'), ['cuda', 'cpu'], True, 'not be built for the GPU'),
+        (dict(GPU, NVCC='here', FORCE_CUDA='1'), ['cuda'], False, 'CUDA ops are'),
+        (
+            dict(TORCH_CUDA='13', FORCE_CUDA='1', NVCC='here', TORCH_CUDA_ARCH_LIST='9.0'),
+            ['cuda'],
+            False,
+            'CUDA ops are',
+        ),
     ],
 )
-def test_what_is_built_fits_the_machine_and_is_told(bash, tmp_path, given, looked, hidden, told):
+def test_what_is_built_fits_the_machine_and_is_told(
+    bash, tmp_path, nvcc, given, looked, hidden, told
+):
+    if given.get('NVCC') == 'here':
+        given = dict(given, NVCC=nvcc)
     done = bash(BUILD, **given)
     assert done.returncode == 0, done.stderr
     name = f'{tmp_path}/.whl/cp3{sys.version_info[1]}-torch-2.0'
@@ -107,17 +136,37 @@ def test_what_is_built_fits_the_machine_and_is_told(bash, tmp_path, given, looke
     assert (' CUDA_VISIBLE_DEVICES= ' in lines[-1]) == hidden
     assert 'MMCV_WITH_OPS=1' in lines[-1]
     assert told is None or told in done.stdout
-    assert (ALONE in done.stdout) == (told == ALONE) == ('FORCE_CUDA=1 builds' in done.stdout)
+    assert (ALONE in done.stdout) == (told == ALONE) == ('FORCE_CUDA=1 TORCH' in done.stdout)
 
 
-def test_cuda_ops_without_nvcc_are_refused(bash):
-    done = bash(BUILD, FORCE_CUDA='1')
+@pytest.mark.parametrize(
+    ('given', 'told'),
+    [
+        (dict(TORCH_CUDA='13'), 'there is no nvcc to build them'),
+        (dict(NVCC='here'), 'the torch here is built for the CPU'),
+        (dict(NVCC='here', TORCH_CUDA='13'), 'Set TORCH_CUDA_ARCH_LIST, to 9.0 for an H100'),
+        (dict(GPU, NVCC='here', FAILS='cuda'), 'the build of mmcv 2.1.0 failed'),
+    ],
+)
+def test_cuda_ops_that_are_asked_for_and_cannot_be_had(bash, nvcc, given, told):
+    given = dict(given, NVCC=nvcc) if 'NVCC' in given else given
+    done = bash(BUILD, FORCE_CUDA='1', **given)
     assert done.returncode == 1
-    assert 'error: FORCE_CUDA=1 asks for CUDA ops of mmcv, and there is no nvcc' in done.stderr
+    assert told in done.stderr
 
 
-def test_an_environment_for_the_cpu_is_another_than_one_for_a_gpu(bash, tmp_path):
+@pytest.mark.parametrize(('given', 'told'), [({}, False), (GPU, True)])
+def test_an_mmcv_that_works_is_left_alone(bash, given, told):
+    done = bash(BUILD, HERE='cpu', **given)
+    assert done.returncode == 0, done.stderr
+    assert 'look' not in done.stdout
+    assert ('with FORCE_CUDA=1 one is made' in done.stdout) == told
+
+
+def test_cuda_ops_are_asked_for_once(bash):
+    """A GPU that comes and goes, as on a login node, is no reason to install again."""
     files = 'tools/install.sh setup.py pyproject.toml protune_mm/version.py requirements/a.txt'
     make = f'for f in {files}; do mkdir -p "$REPO/$(dirname $f)"; touch "$REPO/$f"; done; '
-    found = {bash(f'{make} fingerprint', **given).stdout for given in ({}, {}, {'GPU': '1'})}
-    assert len(found) == 2
+    worlds = ({}, {'GPU': '1'}, {'FORCE_CUDA': '1'})
+    plain, gpu, forced = (bash(f'{make} fingerprint', **given).stdout for given in worlds)
+    assert plain == gpu != forced

@@ -365,6 +365,8 @@ def test_a_detector_that_finds_nothing_has_score_0(parts):
     assert score({'coco/bbox_mAP': 0.5}, 'coco/bbox_mAP') == 0.5
     assert score({}, 'coco/AR@100', CocoMetric(metric='proposal')) == 0
     assert score({}, 'lvis/bbox_AP', CocoMetric(metric='bbox', prefix='lvis')) == 0
+    # One of the sets of MMDetection's MultiDatasetsEvaluator.
+    assert score({'b/coco/bbox_mAP': 0.1}, 'a/coco/bbox_mAP') == 0
     for found in ({'coco/bbox_mAP': 0.5}, {'coco/segm_mAP': float('nan')}):
         with pytest.raises(ValueError, match='no score coco/segm_mAP'):
             score(found, 'coco/segm_mAP')
@@ -901,6 +903,8 @@ def test_the_seeds_of_a_task(study, parts):
     more = parts['plan'].Study(str(study(**{'steps=3': 'steps=3, seeds=[0, 4]'})))
     new = {run.key: more.setting(run) for run in more.runs()}
     assert {parts['plan'].Run.of(key).seed for key in new} == {0, 4}
+    counted = parts['plan'].Study(str(study(**{'seeds = [0]': 'seeds = range(2)'})))
+    assert {run.seed for run in counted.runs()} == {0, 1}
     assert len(new) == 2 * len(old)
     assert old.items() <= new.items()
 
@@ -980,6 +984,7 @@ def test_a_multiplier_of_a_task_is_for_what_trains_in_the_backbone(study, parts)
     ('rules', 'refused'),
     [
         ('dict(norm_decay_mult=0.0)', ''),
+        ("dict(custom_keys={'head': dict(lr_mult=10), 'decode_head.x': dict(lr_mult=10)})", ''),
         ('dict(custom_keys=dict(norm=dict(decay_mult=0)))', "has 'norm' as well, and only one key"),
         ('None', 'LearningRateDecay has rates of its own'),
     ],

@@ -95,7 +95,8 @@ def place(config: str, folder: Path) -> str:
 
 def score_asked(cfg: Config) -> object:
     """What a config picks the best checkpoint by."""
-    return (cfg.get('default_hooks', {}).get('checkpoint') or {}).get('save_best')
+    hooks = cfg.get('default_hooks') or {}
+    return (hooks.get('checkpoint') or {}).get('save_best')
 
 
 def run(config: str, policy: str, args: argparse.Namespace) -> dict:
@@ -191,10 +192,14 @@ def read(results: Path) -> list[dict]:
 
 
 def note(row: dict, results: Path) -> None:
-    """Put a row at the end of a results file, which stays whole when this is stopped."""
-    rows = [*read(results), row]
-    with whole_file(results) as partial:
-        partial.write_text(''.join(json.dumps(each) + '\n' for each in rows))
+    """Put a row at the end of a results file, another run of this tool may write to as well."""
+    if results.exists() and not results.read_text().endswith('\n'):
+        # Its last line was cut off: what comes next is to be a line of its own.
+        rows = read(results)
+        with whole_file(results) as partial:
+            partial.write_text(''.join(json.dumps(each) + '\n' for each in rows))
+    with results.open('a') as out:
+        out.write(json.dumps(row) + '\n')
 
 
 def table(rows: list) -> str:

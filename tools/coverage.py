@@ -42,7 +42,8 @@ def main() -> None:
     # Results of other code, or of other libraries, are no results.
     folder = Path(args.work_dir) / state_digest()
     folder.mkdir(parents=True, exist_ok=True)
-    results = Attempts(folder / 'results.jsonl', args.jobs, failure)
+    kind = Results if args.table else Attempts
+    results = kind(folder / 'results.jsonl', args.jobs, failure)
     libraries = [args.library] if args.library else LIBRARIES
     files = args.config or [file for name in libraries for file in config_files(name)]
     if args.sample:

@@ -11,7 +11,7 @@ REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 REQUIREMENTS=$REPO/requirements
 MMCV=2.1.0
 PYTHON=
-OPS=cpu # or cuda: which of mmcv's ops are needed
+OPS=cpu # or cuda: which of mmcv's ops are looked for
 
 say() { printf '%s\n' "$*"; }
 
@@ -35,7 +35,6 @@ prepare_environment() {
         refuse_conflicts
         rm -f "$prefix"/.protune_mm-*
         install_stack
-        state=$(fingerprint) # Now torch is there to tell of a GPU.
         printf '%s\n' "$state" >"$prefix/.protune_mm-base"
     fi
     for extra in "$@"; do
@@ -103,7 +102,7 @@ fingerprint() {
     (
         cd "$REPO"
         "$PYTHON" -c 'import sys; print(sys.version, sys.prefix)'
-        printf '%s\n' "$REPO" "$(needed_ops)"
+        printf '%s\n' "$REPO" "${FORCE_CUDA:-0}"
         cat tools/install.sh requirements/*.txt setup.py pyproject.toml protune_mm/version.py
     ) | sha256sum | cut -d' ' -f1
 }
@@ -149,38 +148,61 @@ install_stack() {
 }
 
 install_mmcv() {
-    local wheels
-    OPS=$(needed_ops)
+    local wheels forced=${FORCE_CUDA:-0}
+    if [[ $forced == 1 ]]; then
+        OPS=cuda
+    elif mmcv_works 2>/dev/null; then
+        say "mmcv $MMCV with ops is here already."
+        if sees_gpu && ! (OPS=cuda && mmcv_works 2>/dev/null); then
+            say 'It has no ops that work on the GPU here: with FORCE_CUDA=1 one is made that has.'
+        fi
+        return
+    elif sees_gpu; then
+        OPS=cuda
+    fi
     wheels=$(wheel_folder)
     if find_mmcv "$wheels"; then return; fi
-    if [[ $OPS == cuda ]] && ! have_nvcc; then
-        if [[ ${FORCE_CUDA:-0} == 1 ]]; then
-            fail 'FORCE_CUDA=1 asks for CUDA ops of mmcv, and there is no nvcc to build them.' \
-                'Set CUDA_HOME, or leave FORCE_CUDA out for the CPU ops alone.'
+    if [[ $OPS == cuda && $forced != 1 ]]; then
+        if ! have_nvcc; then
+            say 'A GPU is here but no nvcc (set CUDA_HOME): mmcv gets the CPU ops alone.'
+        elif build_mmcv "$wheels"; then
+            return
+        else
+            say 'mmcv could not be built for the GPU, so it gets the CPU ops alone.'
         fi
-        say 'A GPU is here but no nvcc (set CUDA_HOME): mmcv gets the CPU ops alone.'
         OPS=cpu
         wheels=$(wheel_folder)
         if find_mmcv "$wheels"; then return; fi
+    elif [[ $OPS == cuda ]]; then
+        check_cuda
     fi
-    build_mmcv "$wheels"
-    try_mmcv "$wheels/mmcv-$MMCV"-*.whl ||
-        fail "mmcv $MMCV was built, but does not work; the log is $wheels/build.log."
-}
-
-# cuda where torch sees a GPU or the user asks for it.
-needed_ops() {
-    if [[ ${FORCE_CUDA:-0} == 1 ]] || sees_gpu; then echo cuda; else echo cpu; fi
+    build_mmcv "$wheels" || fail "the build of mmcv $MMCV failed; the end of its log is above." \
+        "All of it: $wheels/build.log" \
+        'Where the compiler was killed, memory ran out: run this again with MAX_JOBS=1.'
 }
 
 sees_gpu() {
     "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null
 }
 
+# An image that only runs CUDA programs has the folder, too, without the compiler.
 have_nvcc() {
-    "$PYTHON" -c 'import sys
+    "$PYTHON" -c 'import os, sys
 from torch.utils.cpp_extension import CUDA_HOME
-sys.exit(CUDA_HOME is None)' 2>/dev/null
+sys.exit(not (CUDA_HOME and os.access(os.path.join(CUDA_HOME, "bin", "nvcc"), os.X_OK)))' 2>/dev/null
+}
+
+# What a build for a GPU needs where it is asked for.
+check_cuda() {
+    have_nvcc || fail 'FORCE_CUDA=1 asks for CUDA ops of mmcv, and there is no nvcc to build them.' \
+        'Set CUDA_HOME, or leave FORCE_CUDA out for the CPU ops alone.'
+    "$PYTHON" -c 'import sys, torch; sys.exit(not torch.version.cuda)' ||
+        fail 'FORCE_CUDA=1 asks for CUDA ops of mmcv, and the torch here is built for the CPU.' \
+            'Install one that is built for CUDA, or leave FORCE_CUDA out.'
+    if ! sees_gpu && [[ -z ${TORCH_CUDA_ARCH_LIST:-} ]]; then
+        fail 'FORCE_CUDA=1 asks for CUDA ops of mmcv, and no GPU is seen to build them for.' \
+            'Set TORCH_CUDA_ARCH_LIST, to 9.0 for an H100 or 8.0 for an A100, say.'
+    fi
 }
 
 # A wheel fits one Python and one torch and has one kind of ops: those built here are kept apart.
@@ -192,7 +214,7 @@ import sys, torch
 print("cp%d%d" % sys.version_info[:2], "torch", torch.__version__, sep="-")')" "$kind"
 }
 
-# Use the mmcv that is here, or find a wheel, with those of the folder $1 first.
+# Use the mmcv that is here, or find a wheel, those of the folder $1 first.
 find_mmcv() {
     local wheels=$1 wheel
     if mmcv_works 2>/dev/null; then
@@ -219,7 +241,7 @@ try_mmcv() {
         say "Installed a wheel of mmcv $MMCV; its ops work."
         return
     fi
-    say "Found a wheel of mmcv $MMCV, but its ops do not work with this torch:"
+    say "Found a wheel of mmcv $MMCV, but its ops do not work here:"
     mmcv_works 2>&1 | tail -n 1 || true
     "$PYTHON" -m pip uninstall --quiet --yes mmcv
     return 1
@@ -240,7 +262,7 @@ for device in devices:
     assert mmcv.__version__ == '$MMCV' and kept.tolist() == [0, 2]"
 }
 
-# Build a wheel of mmcv with ops into the folder $1.
+# Build a wheel of mmcv with ops into the folder $1 and install it.
 build_mmcv() {
     local wheels=$1 jobs=${MAX_JOBS:-$(nproc)} hide_gpu=()
     check_compiler
@@ -255,7 +277,7 @@ build_mmcv() {
         hide_gpu=(CUDA_VISIBLE_DEVICES=)
         if ! sees_gpu && "$PYTHON" -c 'import sys, torch; sys.exit(not torch.version.cuda)'; then
             say 'torch is built for CUDA, but no GPU is seen here: the ops are for the CPU alone.'
-            say 'FORCE_CUDA=1 builds them for the GPU, too.'
+            say 'FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0 builds them for an H100, too.'
         fi
     fi
     # In the foreground, so that an interrupt reaches the compilers. With isolation mmcv would
@@ -265,10 +287,9 @@ build_mmcv() {
         --no-binary mmcv --wheel-dir "$wheels" "mmcv==$MMCV" 2>&1 |
         follow_build "$wheels/build.log"; then
         tail -n 25 "$wheels/build.log" >&2
-        fail "the build of mmcv $MMCV failed; the end of its log is above." \
-            "All of it: $wheels/build.log" \
-            'Where the compiler was killed, memory ran out: run this again with MAX_JOBS=1.'
+        return 1
     fi
+    try_mmcv "$wheels/mmcv-$MMCV"-*.whl
 }
 
 # Copy standard input to the log $1 and say how far the compiler is, every 30 seconds.

@@ -50,9 +50,12 @@ def may_replace(folder: Path) -> bool:
     """Whether a folder is empty, or holds what this tool has drawn and nothing else."""
     if not folder.is_dir():
         return False
-    files = [path for path in folder.rglob('*') if not path.is_dir()]
-    if not all(FILES.fullmatch(path.relative_to(folder).as_posix()) for path in files):
-        return False
+    files = []
+    for path in folder.rglob('*'):  # To the first that is none of ours: a home folder has millions.
+        if not path.is_dir():
+            if not FILES.fullmatch(path.relative_to(folder).as_posix()):
+                return False
+            files.append(path)
     # A set of somebody else may have such names, too.
     found = [json.dumps(CATEGORIES) in path.read_text() for path in files if path.suffix == '.json']
     return all(found) and bool(found or not files)

@@ -218,7 +218,7 @@ def found_nothing(metric: str, scores: Mapping[str, float], metrics: Iterable[Ba
     kind = 'proposal' if name.startswith('AR') else name.partition('_')[0]
     return any(
         'CocoMetric' in [base.__name__ for base in type(each).__mro__]
-        and each.prefix == prefix
+        and each.prefix == prefix.rpartition('/')[2]
         and not each.format_only
         and kind in each.metrics
         for each in metrics

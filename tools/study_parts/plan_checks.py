@@ -51,7 +51,7 @@ def check_study(study: Study) -> None:
 
 
 def _check_list(where: str, key: str, value: object) -> None:
-    if not isinstance(value, (list, tuple)):
+    if isinstance(value, (str, dict)) or not isinstance(value, Iterable):
         raise ValueError(f'{where}: {key}={value!r} is no list: use [{value!r}]')
 
 
@@ -102,7 +102,8 @@ def _check_task(study: Study, name: str) -> None:
     if '::' not in task['config'] and not Path(task['config']).exists():
         raise ValueError(f'{where} has no config {task["config"]}')
     if task.get('validate_on_rest') and (
-        'long_tail' in task or any(metric.startswith('coco/') for metric in task['metrics'])
+        'long_tail' in task
+        or any(metric.startswith(('coco/', 'lvis/')) for metric in task['metrics'])
     ):
         raise ValueError(
             f'{where}: validate_on_rest is for data sets without a long tail, and not for '

@@ -66,6 +66,13 @@ def holder_of(loader: dict) -> dict:
     return holder
 
 
+BEHIND = (
+    'neck', 'head', 'decode_head', 'auxiliary_head', 'bbox_head', 'mask_head', 'rpn_head',
+    'roi_head', 'panoptic_head',
+)  # fmt: skip
+"""Parts of a model whose rules concern nothing in its backbone."""
+
+
 def with_backbone_rate(cfg: Config, rules: dict, lr_mult: float) -> dict:
     """``custom_keys`` by which all of the backbone trains at a multiple of the rate.
 
@@ -74,8 +81,8 @@ def with_backbone_rate(cfg: Config, rules: dict, lr_mult: float) -> dict:
             key for a parameter, the longest, and by none in constructors of layer decay.
     """
     keys = dict(rules.get('custom_keys') or {})
-    others = [key for key in keys if key != 'backbone']
-    constructor = cfg.optim_wrapper.get('constructor', DEFAULT_CONSTRUCTOR)
+    others = [key for key in keys if key != 'backbone' and key.partition('.')[0] not in BEHIND]
+    constructor = type_name(dict(type=cfg.optim_wrapper.get('constructor', DEFAULT_CONSTRUCTOR)))
     named = all(name.removeprefix('model.') == 'backbone' for name, _ in config_backbones(cfg))
     why = ''
     if others:
