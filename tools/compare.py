@@ -25,7 +25,6 @@ from mmengine.hooks import CheckpointHook
 
 from protune_mm import cli
 from protune_mm.compat import processor, stack_versions
-from protune_mm.files import whole_file
 from protune_mm.policies import POLICIES, check_policy
 
 TOOLS = Path(__file__).parent
@@ -193,13 +192,9 @@ def read(results: Path) -> list[dict]:
 
 def note(row: dict, results: Path) -> None:
     """Put a row at the end of a results file, another run of this tool may write to as well."""
-    if results.exists() and not results.read_text().endswith('\n'):
-        # Its last line was cut off: what comes next is to be a line of its own.
-        rows = read(results)
-        with whole_file(results) as partial:
-            partial.write_text(''.join(json.dumps(each) + '\n' for each in rows))
-    with results.open('a') as out:
-        out.write(json.dumps(row) + '\n')
+    runs = Runs(results, 1)
+    runs.mend()
+    runs.add(row)
 
 
 def table(rows: list) -> str:

@@ -24,7 +24,7 @@ import sys
 from importlib.metadata import distributions
 from pathlib import Path
 
-from jobs import Results
+from jobs import DIED, Results
 from stock_configs.backbones import try_backbone
 from stock_configs.building import try_config
 from stock_configs.reading import config_files, digest, file_of, read_config, result
@@ -78,7 +78,7 @@ class Attempts(Results):
     """Results without those of processes that died, for want of memory perhaps: try these again."""
 
     def from_lines(self, lines: list[dict]) -> dict[str, dict]:
-        return super().from_lines([row for row in lines if row['reason'] != 'the process died'])
+        return super().from_lines([row for row in lines if row['reason'] != DIED])
 
 
 def run(files: list[str], backbone: str | None, results: Results) -> list[dict]:

@@ -11,11 +11,13 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
+
+DIED = 'the process died'  # The reason where one ended without a result.
 
 
 class Results:
@@ -62,6 +64,19 @@ class Results:
             whole = f'{text}\n'  # Only the end of the line was lost.
         return whole, whole == text
 
+    def mend(self) -> None:
+        """Take half a line off the end, so that what is noted next is a line of its own."""
+        whole, is_all = self._whole()
+        if not is_all:
+            part = self.path.with_suffix('.part')
+            part.write_text(whole)
+            part.replace(self.path)
+
+    def add(self, row: dict) -> None:
+        """Put a result at the end of the file, which others may write to as well."""
+        with self.path.open('a') as out:
+            out.write(''.join(json.dumps(line) + '\n' for line in self.to_lines(row)))
+
     def from_lines(self, lines: list[dict]) -> dict[str, dict]:
         """Key to result, from what the file holds."""
         return {line['key']: line for line in lines}
@@ -81,11 +96,7 @@ class Results:
             list[dict]: the results there are, in the order of the keys.
         """
         keys = list(keys)
-        whole, is_all = self._whole()
-        if not is_all:  # What is noted next is to be a line of its own.
-            part = self.path.with_suffix('.part')
-            part.write_text(whole)
-            part.replace(self.path)
+        self.mend()
         progress = Progress(sum(key not in self.known for key in keys))
         while todo := [key for key in keys if not self._done(key)]:
             self._side_by_side(job, todo, self.processes, progress)
@@ -95,7 +106,7 @@ class Results:
             for key in left[: 2 * self.processes]:
                 self._side_by_side(job, [key], 1, progress)
                 if not self._done(key):
-                    self._fail(key, 'the process died', progress)
+                    self._fail(key, DIED, progress)
         return [self.known[key] for key in keys if key in self.known]
 
     def _done(self, key: str) -> bool:
@@ -109,15 +120,7 @@ class Results:
         with ProcessPoolExecutor(processes, spawn, start_worker) as pool:
             running = {pool.submit(job, key): key for key in keys}
             try:
-                for done in as_completed(running):
-                    try:
-                        row = done.result()
-                    except BrokenProcessPool:
-                        return
-                    except Exception as error:
-                        self._fail(running[done], f'{type(error).__name__}: {error}', progress)
-                    else:
-                        self._note(row, progress)
+                self._note_all(running, progress)
             except BaseException:
                 # Ctrl-C, or a disk that is full: the pool would do all that waits first, and nobody
                 # would note it.
@@ -125,6 +128,17 @@ class Results:
                 for worker in multiprocessing.active_children():
                     worker.terminate()
                 raise
+
+    def _note_all(self, running: dict[Future, str], progress: Progress) -> None:
+        for done in as_completed(running):
+            try:
+                row = done.result()
+            except BrokenProcessPool:
+                return
+            except Exception as error:
+                self._fail(running[done], f'{type(error).__name__}: {error}', progress)
+            else:
+                self._note(row, progress)
 
     def _fail(self, key: str, reason: str, progress: Progress) -> None:
         if self.failure is not None:
@@ -135,8 +149,7 @@ class Results:
 
     def _note(self, row: dict, progress: Progress) -> None:
         self.known[row['key']] = row
-        with self.path.open('a') as out:
-            out.write(''.join(json.dumps(line) + '\n' for line in self.to_lines(row)))
+        self.add(row)
         progress.show(row)
 
 

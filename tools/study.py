@@ -25,7 +25,6 @@ from pathlib import Path
 import torch
 from jobs import Results
 from study_parts.data_checks import check_data, check_ready
-from study_parts.methods import METHODS
 from study_parts.plan import Study
 from study_parts.report import write_report
 from study_parts.runs import Run
@@ -58,11 +57,10 @@ def main() -> None:
         one = args.run and Run.of(args.run)
     except ValueError as error:
         parser.error(str(error))
-    methods = {**METHODS, **study.variants}
-    if one and (one.task not in study.tasks or one.method not in methods):
+    if one and (one.task not in study.tasks or one.method not in study.known):
         parser.error(
             f'--run "{args.run}": {args.study} has the tasks {", ".join(study.tasks)}; methods are '
-            f'{", ".join(methods)}'
+            f'{", ".join(study.known)}'
         )
     if one:
         check_data(study, [one])

@@ -75,9 +75,9 @@ class Subset:
         """Refuse a part of a segmentation set in which a class has no pixel."""
         infos = [self.dataset.get_data_info(i) for i in self.indices]
         # Those of a detector are of something else: ids of panoptic segments, or stuff.
-        masks = [1 for info in infos if info.get('seg_map_path') and 'instances' not in info]
+        masks = sum(bool(info.get('seg_map_path')) and 'instances' not in info for info in infos)
         classes = self.metainfo.get('classes')
-        if not masks or not classes or len(masks) == len(self.dataset):
+        if not masks or not classes or masks == len(self.dataset):
             return
         left = set(range(len(classes)))
         for info in infos:
@@ -89,7 +89,7 @@ class Subset:
             lost = set() if i in shown else left & mask_labels(self.dataset.get_data_info(i))
             if lost:  # Else no image of the whole set has it.
                 raise ValueError(
-                    f'{len(masks)} of {len(self.dataset)} images leave no pixel of class '
+                    f'{masks} of {len(self.dataset)} images leave no pixel of class '
                     f"'{self.class_name(min(lost))}': use a larger fraction or another seed"
                 )
 

@@ -60,6 +60,8 @@ class Study:
             )
         self.tasks = {name: dict(task) for name, task in cfg.tasks.items()}
         self.variants = {name: dict(what) for name, what in cfg.get('variants', {}).items()}
+        #: What each method adds to the backbone, those of the file among them.
+        self.known = {**METHODS, **self.variants}
         self.methods, self.lrs, self.seeds = cfg.methods, cfg.lrs, cfg.seeds
         self.options = cfg.get('options', {})
         self.note = cfg.get('note', '')
@@ -140,7 +142,7 @@ class Study:
     def _own_options(self, task: str, method: str) -> dict:
         """Those of a method, without what a task says of all."""
         plan = self.tasks[task]
-        found = copy.deepcopy({**METHODS, **self.variants}[method])
+        found = copy.deepcopy(self.known[method])
         _update(found, self.options.get(plan['backbone'], {}).get(method))
         _update(found, plan.get('options', {}).get(method))
         return found

@@ -56,10 +56,9 @@ def _check_list(where: str, key: str, value: object) -> None:
 
 
 def _check_methods(study: Study, where: str, methods: Iterable[str]) -> None:
-    known = {**METHODS, **study.variants}
     for method in methods:
-        if method not in known:
-            raise ValueError(f"{where}: method '{method}' is unknown: use {', '.join(known)}")
+        if method not in study.known:
+            raise ValueError(f"{where}: method '{method}' is unknown: use {', '.join(study.known)}")
 
 
 def _check_seeds(where: str, seeds: list) -> None:
