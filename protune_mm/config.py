@@ -121,6 +121,15 @@ def config_backbones(cfg: Config) -> Iterator[tuple[str, dict]]:
         pending += [(f'{name}.{key}', model.get(key)) for key in NESTED]
 
 
+def policies(cfg: Config) -> set[str]:
+    """Policies of a config's Pro-tuned backbones."""
+    return {
+        backbone.get('policy', 'prompts')
+        for _, backbone in config_backbones(cfg)
+        if _is_protuned(backbone['type'])
+    }
+
+
 def is_protuned(cfg: Config) -> bool:
     """Whether a config's model has a Pro-tuned backbone (any policy)."""
     return any(_is_protuned(backbone['type']) for _, backbone in config_backbones(cfg))

@@ -113,8 +113,12 @@ class ProTunedBackbone:
                         layer.train(False)
         for module in forks(self):
             module.training = mode
-        # Weights written past autograd's version counter, as an EMA swap does, count from here.
-        forget(self)
+        # Weights written past autograd's version counter, as an EMA swap does, count from here. Not
+        # where a training goes on: mmengine's IterBasedTrainLoop calls this before every step, and
+        # whoever swaps weights in a training validates in between.
+        if not (mode and self._protune.mode):
+            forget(self)
+        self._protune.mode = mode
         return self
 
     def init_weights(self) -> None:

@@ -144,6 +144,10 @@ class FrozenGuardHook(Hook):
         self._handles = []
 
 
+LEAST_SCALE = 2.0**-20
+"""Gradients that need a smaller loss scale overflow float16 at a loss of a millionth."""
+
+
 class DivergedError(RuntimeError):
     """The loss of a training is infinite or no number."""
 
@@ -152,7 +156,9 @@ class DivergedError(RuntimeError):
 class FiniteLossHook(Hook):
     """End a training whose loss is infinite or no number, with one clear error.
 
-    Losses are looked at together, so that a GPU is not waited for at every step.
+    Losses are looked at together, so that a GPU is not waited for at every step. In mixed precision
+    single steps may have no finite gradients: they are left out, and the loss scale is halved.
+    There a training has diverged where that scale has fallen to nothing.
 
     Args:
         interval: steps between two looks. Default 50; the last step of the training is one.
@@ -170,12 +176,11 @@ class FiniteLossHook(Hook):
         """Note the loss, and look at those noted every ``interval`` steps.
 
         Raises:
-            DivergedError: one of them is infinite or no number.
+            DivergedError: one of them is infinite or no number, or the loss scale has fallen to
+                nothing.
         """
-        if isinstance(runner.optim_wrapper, AmpOptimWrapper):
-            return  # It lowers its loss scale and goes on; the weights are looked at when saved.
         loss = (outputs or {}).get('loss')
-        if isinstance(loss, Tensor):
+        if isinstance(loss, Tensor) and not isinstance(runner.optim_wrapper, AmpOptimWrapper):
             bad = ~torch.isfinite(loss.detach()).all()
             self._bad = bad if self._bad is None else self._bad | bad
         if self.every_n_train_iters(runner, self.interval) or self.is_last_train_iter(runner):
@@ -187,6 +192,15 @@ class FiniteLossHook(Hook):
 
     def look(self, runner: Runner) -> None:
         """Raise if a loss since the last look was no number."""
+        if isinstance(runner.optim_wrapper, AmpOptimWrapper):
+            scale = runner.optim_wrapper.loss_scaler.get_scale()
+            if scale < LEAST_SCALE:
+                raise DivergedError(
+                    f'the loss scale of mixed precision has fallen to {scale:.3g} before step '
+                    f'{runner.iter + 1}, because the gradients of step after step were infinite or '
+                    'no numbers: the training has diverged; the checkpoints written before are in '
+                    f'{runner.work_dir}; use a lower learning rate, or no mixed precision'
+                )
         bad, self._bad = self._bad, None
         if bad is not None and bool(bad):
             raise DivergedError(

@@ -97,11 +97,17 @@ def protune(
         ValueError: unknown family without ``stages``, unknown stage, prompt type or option, a
             ratio that leaves no channel, or a module that is compiled, or Pro-tuned already with
             other options.
-        TypeError: a named stage yields something other than a map or tokens.
+        TypeError: a named stage yields something other than a map or tokens, or an option is of
+            another type.
 
     Source: arXiv 2207.14381, Figure 2.
     """
     stages = list(stages) if isinstance(stages, tuple) else stages
+    for name, value in dict(affine=affine, require_weights=require_weights).items():
+        if not isinstance(value, bool):
+            raise TypeError(f'{name}={value!r} is neither True nor False')
+    if not isinstance(base_checkpoint, str | None):
+        raise TypeError(f'base_checkpoint={base_checkpoint!r} is neither a path nor None')
     lean_as = lean_options(lean) if keeps_lean_layers(policy) else None
     options = Options(stages, prompt_config(prompt), lean_as, policy, require_weights, affine)
     check_policy(policy)
@@ -243,8 +249,10 @@ def _build_prompt(site: Site, config: dict) -> nn.Module:
         # of the same seed start as they do in the stock model.
         with torch.random.fork_rng(devices=[]):
             return cls(channels=site.channels, **options)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"prompt of stage '{site.name}': {error}") from error
+    except (TypeError, ValueError, AssertionError, KeyError, RuntimeError) as error:
+        # An assertion may say nothing.
+        told = str(error) or f'{type(error).__name__} of {own_options(config)}'
+        raise ValueError(f"prompt of stage '{site.name}': {told}") from error
 
 
 def _home(block: nn.Module, module: nn.Module) -> dict:

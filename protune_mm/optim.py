@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+from mmengine.logging import print_log
 from mmengine.optim import (
     BaseOptimWrapper,
     DefaultOptimWrapperConstructor,
@@ -192,7 +194,7 @@ class PromptWarmup(LinearLR):
         if not self.prompts:
             raise ValueError(
                 'PromptWarmup: the optimizer holds no prompts: use it with a Pro-tuned backbone '
-                "whose policy trains something in it, and optim_wrapper's constructor "
+                "whose policy trains a part of it, and optim_wrapper's constructor "
                 f"'protune_mm.{ProTuneOptimWrapperConstructor.__name__}'"
             )
         super().__init__(
@@ -205,6 +207,29 @@ class PromptWarmup(LinearLR):
             values[i] if i in self.prompts else group[self.param_name]
             for i, group in enumerate(self.optimizer.param_groups)
         ]
+
+
+def without_warmup(schedulers: Any) -> Any:
+    """Configs of schedules without :class:`PromptWarmup`, for a model that trains no prompts.
+
+    Args:
+        schedulers: one, a list, or either by optimizer, as a config has them.
+    """
+    if isinstance(schedulers, dict) and 'type' not in schedulers:
+        return {name: without_warmup(each) for name, each in schedulers.items()}
+    if not isinstance(schedulers, dict | list | tuple):
+        return schedulers
+    each = [schedulers] if isinstance(schedulers, dict) else schedulers
+    kept = [one for one in each if not (isinstance(one, dict) and _is_warmup(one['type']))]
+    if len(kept) < len(each):
+        print_log('PromptWarmup is left out: the policy trains no prompts', logger='current')
+        return kept
+    return schedulers
+
+
+def _is_warmup(kind: type | str) -> bool:
+    name = kind if isinstance(kind, str) else kind.__name__
+    return name.rpartition('.')[2] == PromptWarmup.__name__
 
 
 NOT_FACTORS = ('QuadraticWarmup', 'OneCycle', 'CosineRestart')

@@ -32,7 +32,10 @@ def prompt_config(prompt: str | dict | None) -> dict:
 
     Raises:
         ValueError: an unknown name, or an unknown choice of how it is placed.
+        TypeError: it is neither a name nor a dict.
     """
+    if not isinstance(prompt, str | dict | None):
+        raise TypeError(f'prompt={prompt!r} is neither a name nor a dict, such as dict(ratio=8)')
     if isinstance(prompt, str):
         if prompt not in NAMED_PROMPTS:
             raise ValueError(

@@ -29,10 +29,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .checkpoints import FillBaseHook, TunedCheckpointHook, note_origin
-from .config import is_protuned, resolve
+from .config import is_protuned, policies, resolve
+from .datasets.subsets import check_rest
 from .files import last_good_checkpoint, safe_hook, whole_file
 from .hooks import FiniteLossHook, FrozenGuardHook
-from .optim import check_warmup, wrap_constructor
+from .optim import check_warmup, without_warmup, wrap_constructor
 from .registry import RUNNERS
 from .resume import ExactResumeHook, PreemptionHook, unsignalled
 from .show import TuningReportHook
@@ -46,7 +47,16 @@ class CarefulRunner:
     """What any runner of ours adds to mmengine's: whole checkpoints, locks and hooks."""
 
     def train(self) -> nn.Module:
-        """Train; nobody else writes to the work folder, and signals are given back at the end."""
+        """Train; nobody else writes to the work folder, and signals are given back at the end.
+
+        Raises:
+            ValueError: images that validate would train, see
+                :func:`protune_mm.datasets.subsets.check_rest`.
+        """
+        check_rest(self.cfg.get('train_dataloader'), self.cfg.get('val_dataloader'))
+        chosen = policies(self.cfg)
+        if chosen and chosen <= {'head-only', 'full'}:  # Twins of a config that warms prompts up.
+            self.param_schedulers = without_warmup(self.param_schedulers)
         with locked(self.work_dir):
             try:
                 return super().train()

@@ -188,6 +188,13 @@ def _layer_sites(
     for block in blocks:
         for layer in kind.layers(module.get_submodule(block), **own_options(options.prompt)):
             found[f'{block}.{layer}'.rstrip('.')] = block
+    for key, missing in kind.unmatched(found, **own_options(options.prompt)).items():
+        all_layers = (path for block in blocks for path in kind.layers(module.get_submodule(block)))
+        names = ', '.join(dict.fromkeys(path.rpartition('.')[2] for path in all_layers)) or 'none'
+        raise ValueError(
+            f"prompt.{key}: no layer in the blocks of {type(module).__name__} that '{name}' can be "
+            f"beside is named '{missing}': there are {names}"
+        )
     native = family.native(module) or PROBE_SIZE
     if kind.reads == 'output':
         if options.stages is None and not family.unread(module)[1]:
@@ -336,7 +343,7 @@ def _choose(
         return [(stage.name, stage.blocks[-1]) for stage in table]
     if stages == 'blocks':
         return [(path, path) for stage in table for path in stage.blocks]
-    if isinstance(stages, str) or not stages:
+    if not isinstance(stages, list | tuple) or not stages:
         raise ValueError(
             f'stages={stages!r} is unknown: use None for every stage, '
             "'blocks' for every block, 'inside' for inside every block, or a list of names such as "

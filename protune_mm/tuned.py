@@ -56,6 +56,7 @@ class State:
         places: number of layers and blocks that carry a prompt.
         told: what the checkpoint that is being loaded says of its base.
         fingerprint: of its frozen weights, behind what it was computed for.
+        mode: the mode that ``train`` has set last.
     """
 
     options: Options
@@ -73,6 +74,7 @@ class State:
     places: int = 0
     told: Identity | None = None
     fingerprint: tuple = ()
+    mode: bool = False
 
     def find_fingerprint(self, backbone: nn.Module) -> str:
         """The fingerprint of a backbone's frozen weights, computed where they have changed."""

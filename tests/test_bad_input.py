@@ -36,6 +36,23 @@ CASES = [
     (dict(prompt=dict(rate=3)), "stage 'layer1'.*unexpected keyword argument 'rate'"),
     (dict(prompt=dict(ratio='4')), "stage 'layer1': ratio='4' is no number"),
     (dict(prompt=dict(kernel_size=4)), "stage 'layer1': kernel_size=4 shifts the map"),
+    (dict(prompt=dict(kernel_size=-1)), "stage 'layer1': kernel_size=-1 is no side in pixels"),
+    (dict(prompt=dict(scale=float('nan'))), "stage 'layer1': scale=nan is not finite"),
+    (dict(prompt=dict(depthwise='no')), "stage 'layer1': depthwise='no' is neither True nor"),
+    (
+        dict(prompt=dict(norm_cfg=dict(type='GN'))),
+        r"stage 'layer1': norm_cfg=\{'type': 'GN'\}: mmcv refuses it \(AssertionError\)",
+    ),
+    (
+        dict(prompt=dict(norm_cfg=dict(type='Foo'))),
+        r"layer1': norm_cfg=\{'type': 'Foo'\}: mmcv knows no type 'Foo'",
+    ),
+    (
+        dict(prompt=dict(act_cfg=dict(type='Foo'))),
+        r"layer1': act_cfg=\{'type': 'Foo'\}: mmcv knows no type 'Foo'",
+    ),
+    (dict(stages=3), 'stages=3 is unknown: use None for every stage'),
+    (dict(stages=True), 'stages=True is unknown: use None for every stage'),
     (dict(prompt=dict(last='first')), "prompt.last='first' is unknown: use one of residual"),
     (
         dict(prompt='papr'),
@@ -50,6 +67,21 @@ def test_factory(backbone, message):
     with pytest.raises(ValueError, match=message) as caught:
         build(**backbone)
     assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ('backbone', 'message'),
+    [
+        (dict(prompt=8), 'prompt=8 is neither a name nor a dict'),
+        (dict(prompt=['a']), r"prompt=\['a'\] is neither a name nor a dict"),
+        (dict(require_weights='no'), "require_weights='no' is neither True nor False"),
+        (dict(affine='yes'), "affine='yes' is neither True nor False"),
+        (dict(base_checkpoint=3), 'base_checkpoint=3 is neither a path nor None'),
+    ],
+)
+def test_options_of_another_type(backbone, message):
+    with pytest.raises(TypeError, match=message):
+        build(**backbone)
 
 
 def test_a_backbone_that_cannot_be_tuned_says_so_before_it_is_built():

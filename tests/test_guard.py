@@ -1,12 +1,15 @@
 """The guard hook fails a training in which a frozen tensor moves or a prompt gets no gradient."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from mmengine.hooks import Hook
+from mmengine.optim import AmpOptimWrapper
 from torch import nn
 
 import protune_mm
-from protune_mm.hooks import FrozenGuardHook, digest
+from protune_mm.hooks import DivergedError, FiniteLossHook, FrozenGuardHook, digest
 from protune_mm.runner import ProTuneRunner
 from protune_mm.tuned import frozen_tensors
 from tests.test_frozen import runner
@@ -162,3 +165,33 @@ def test_an_optimizer_object_is_taken_as_it_is(tmp_path):
     trained = [p for p in run.model.parameters() if p.requires_grad]
     run.optim_wrapper = dict(type='OptimWrapper', optimizer=torch.optim.SGD(trained, lr=0.1))
     run.train()
+
+
+@pytest.mark.parametrize(('bad', 'ends'), [(range(5, 9), False), (range(5, 1000), True)])
+def test_in_mixed_precision_a_training_whose_steps_are_all_left_out_ends(bad, ends):
+    """As AmpOptimWrapper does it, whose constructor asks for a GPU."""
+    wrapper = AmpOptimWrapper.__new__(AmpOptimWrapper)
+    wrapper.loss_scaler = torch.amp.GradScaler('cpu')
+    layer, hook = nn.Linear(2, 1), FiniteLossHook()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    run = SimpleNamespace(optim_wrapper=wrapper, iter=0, max_iters=200, work_dir='here')
+
+    def train():
+        for run.iter in range(200):
+            loss = layer(torch.ones(1, 2)).square().sum() * (torch.nan if run.iter in bad else 1)
+            wrapper.loss_scaler.scale(loss).backward()
+            wrapper.loss_scaler.step(optimizer)
+            wrapper.loss_scaler.update()
+            optimizer.zero_grad()
+            hook.after_train_iter(run, run.iter, outputs=dict(loss=loss.detach()))
+
+    if not ends:
+        train()
+        return
+    with pytest.raises(
+        DivergedError, match=r'loss scale of mixed precision has fallen to .* here;'
+    ):
+        train()
+    assert run.iter == 49
+    with pytest.raises(DivergedError, match='before step 50'):
+        hook.before_save_checkpoint(run, {})

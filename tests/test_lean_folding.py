@@ -264,3 +264,21 @@ def test_replicas_of_data_parallel():
         for key, tensor in child._buffers.items():
             copied._buffers[key] = tensor
     torch.testing.assert_close(replica(x), expected, rtol=1e-5, atol=1e-5)  # float32
+
+
+def test_a_training_that_goes_on_keeps_folded_weights():
+    """IterBasedTrainLoop calls ``train()`` before every step."""
+    net, x = chain(True), image(3, 8, 8)
+    net(x)
+    known = dict(net[0].__dict__['_protune_cache'])
+    assert known
+    assert net.train()[0].__dict__['_protune_cache'] == known
+    plain, before = chain(False), net(x)
+    # Written as an average is swapped in: past autograd's version counter, and before a validation.
+    for mode in (False, False, True):
+        for each in (net, plain):
+            each[0].weight.data.mul_(2)
+        after = net.train(mode)(x)
+        assert not torch.allclose(after, before, rtol=1e-2)
+        torch.testing.assert_close(after, plain(x), rtol=1e-5, atol=1e-5)  # float32
+        before = after

@@ -343,7 +343,7 @@ def test_places():
     assert all(name.endswith('.qkv.prompt') for name in prompts(only))
     with pytest.raises(ValueError, match=r"prompt.last='series': prompt.type='LoRA' runs"):
         pair(library, family, prompt=dict(type='LoRA', last='series'))
-    with pytest.raises(ValueError, match=r"prompt.type='LoRA' finds no layer"):
+    with pytest.raises(ValueError, match=r"'nothing': there are qkv, proj, 0, 1$"):
         pair(library, family, prompt=dict(type='LoRA', layers=('nothing',)))
 
 
@@ -457,3 +457,43 @@ def test_affine_fits_every_backbone(library, family):
         return  # It takes images of one size only.
     sum(o.square().mean() for o in flat(tuned(image()))).backward()
     assert not [name for name, prompt in own.items() if prompt.shift.grad is None]
+
+
+@pytest.mark.parametrize(
+    ('prompt', 'message'),
+    [
+        (dict(type='LoRA', rank=0), 'rank=0 is no number of channels: use 1 or more'),
+        (dict(type='LoRA', rank=2.5), 'rank=2.5 is no number of channels'),
+        (dict(type='Adapter', hidden=0), 'hidden=0 is no number of channels'),
+        (dict(type='Mona', hidden=-1), 'hidden=-1 is no number of channels'),
+        (dict(type='ConvAdapter', ratio=0), 'ratio=0 leaves no channel: use a number above 0'),
+        (dict(type='LoRand', rank=0), 'rank=0 is no number of channels'),
+        (dict(type='LoRand', branches=0), 'branches=0 is no number of products'),
+    ],
+)
+def test_sizes_that_are_none(prompt, message):
+    with pytest.raises(ValueError, match=message):
+        MODELS.build(dict(type='protune_mm.ProTuned', base='mmdet.ResNet', depth=18, prompt=prompt))
+
+
+def test_one_name_of_layers_is_no_part_of_names():
+    block = nn.Sequential()
+    block.fc1, block.block = nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    assert LoRA.layers(block, layers='fc1') == LoRA.layers(block, layers=('fc1',)) == ['fc1']
+
+
+@pytest.mark.parametrize('layers', ['conv9', ('conv1', 'conv9')])
+def test_a_name_that_no_layer_has_is_an_error(layers):
+    """It would train another method than its user asked for."""
+    prompt = dict(type='LoRA', layers=layers)
+    with pytest.raises(ValueError, match=r"prompt.layers: .* ResNet .*'conv9': there are conv1, "):
+        MODELS.build(dict(type='protune_mm.ProTuned', base='mmdet.ResNet', depth=18, prompt=prompt))
+    # Some blocks have a shortcut with a convolution, others none.
+    MODELS.build(
+        dict(
+            type='protune_mm.ProTuned',
+            base='mmdet.ResNet',
+            depth=50,
+            prompt=dict(type='LoRA', layers=('conv3', '0')),
+        )
+    )

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from mmengine.hooks import Hook
 from mmengine.optim import CosineAnnealingLR, LinearLR, build_optim_wrapper
 from mmengine.registry import MODELS, PARAM_SCHEDULERS
 from torch import nn
 
-from protune_mm.optim import PromptWarmup, check_warmup, wrap_constructor
+from protune_mm.optim import PromptWarmup, check_warmup, without_warmup, wrap_constructor
+from tests.test_resume import ITERS, base, config, forget_afterwards, train  # noqa: F401
 
 
 class Model(nn.Module):
@@ -152,3 +154,31 @@ def test_schedulers_that_do_not_multiply_are_refused(other):
     later = PARAM_SCHEDULERS.build(later, default_args=dict(optimizer=optimizer))
     check_warmup([built[0], later])
     check_warmup([built[0], *stock(optimizer)])
+
+
+def test_twins_without_prompts_leave_it_out(base, pictures, tmp_path):  # noqa: F811
+    """`--policy full` of a config that has it, say."""
+    for policy, there in (('prompts', True), ('head-only', False), ('full', False)):
+        cfg = config(pictures, base, tmp_path / policy, dict(ITERS, max_iters=3, val_interval=3))
+        cfg.model.backbone.policy = policy
+        cfg.param_scheduler = [
+            dict(type='protune_mm.PromptWarmup', end=2),
+            dict(type='ConstantLR', factor=0.5, by_epoch=False, end=3),
+        ]
+        seen = Seen()
+        assert train(cfg, seen) is None
+        assert seen.schedules == (['PromptWarmup'] if there else []) + ['ConstantLR']
+
+
+class Seen(Hook):
+    def before_train(self, runner):
+        self.schedules = [type(each).__name__ for each in runner.param_schedulers]
+
+
+def test_configs_of_every_form_lose_it():
+    ours, other = dict(type=PromptWarmup, end=2), dict(type='LinearLR', end=3)
+    assert without_warmup([ours, other]) == [other]
+    assert without_warmup(dict(ours, type='PromptWarmup')) == []
+    assert without_warmup(dict(a=[ours], b=other)) == dict(a=[], b=other)
+    for untouched in (None, other, [other]):
+        assert without_warmup(untouched) is untouched

@@ -144,6 +144,7 @@ def test_summary():
         ('lvis/bbox_AP', False), ('pascal_voc/AP50', False), ('pascal_voc/mAP', False),
         ('openimages/AP50', False), ('fruit/bbox_mAP', False),
         ('a/coco/bbox_mAP', False), ('cityscapes/mAP', False), ('crowd_human/AP', False),
+        ('averageScoreCategories', False),
     ],
 )  # fmt: skip
 def test_which_scores_go_to_1(metric, to_100):
@@ -203,7 +204,7 @@ def test_budget_zero_is_clean_and_a_larger_budget_never_helps(classifier, attack
     assert values[0] == 75
     assert values == sorted(values, reverse=True)
     assert values[-1] < 75
-    assert not any(p.grad is not None for p in classifier.backbone.conv1.parameters())
+    assert not any(p.grad is not None for p in classifier.parameters())
 
 
 @pytest.mark.parametrize('attack', ['fgsm', 'pgd'])
@@ -220,8 +221,12 @@ def test_an_attack_stays_within_its_budget(classifier):
     batch = next(batches(classifier))
     pixels = torch.stack(batch['inputs']).float() / 255
     labels = torch.cat([s.gt_label for s in batch['data_samples']])
-    changed = torchattacks.PGD(PixelModel(classifier), eps=0.01)(pixels, labels)
-    assert 0 < (changed - pixels).abs().max() <= 0.01 + 1e-6
+    for name in ('fgsm', 'pgd'):
+        attack = attacks._attacker(name, PixelModel(classifier), 0.01)
+        assert attack.eps == 0.01
+        change = (attack(pixels, labels) - pixels).abs().max().item()
+        assert change == pytest.approx(0.01, abs=1e-6)  # float32
+    assert (attack.steps, attack.alpha, attack.random_start) == (10, 0.0025, True)
 
 
 @pytest.mark.parametrize(
@@ -247,6 +252,20 @@ def test_attacks_are_for_one_score_a_class_and_one_class_an_image(classifier):
     classifier.head = head
     with pytest.raises(ValueError, match='one score for each class; Module returns others'):
         robust_accuracy(classifier, [next(batches(Fixed(classifier)))], 'fgsm', [0])
+
+
+@pytest.mark.parametrize(
+    ('change', 'told'),
+    [
+        (lambda image: (image.float() - 120) / 55, '-2.182 to 2.4'),
+        (lambda image: image.float() / 255, '0 to 0.99'),
+    ],
+)
+def test_attacks_are_on_pixels(classifier, change, told):
+    batch = next(batches(classifier))
+    batch['inputs'] = [change(image) for image in batch['inputs']]
+    with pytest.raises(ValueError, match=f'pixels from 0 to 255; the test pipeline gives {told}'):
+        robust_accuracy(classifier, [batch], 'fgsm', [0])
 
 
 class Fixed:
@@ -352,6 +371,18 @@ def test_a_class_map(folder, tmp_path):
         assert {by_folder.get_data_info(i)['gt_label'] for i in range(len(by_folder))} == {0}
         with pytest.raises(ValueError, match=r'no class of the data set \(a, ...\) is one of'):
             ClassMap(folder, ['x'])
+        several = DATASETS.build(folder)
+        several.get_data_info = lambda index: dict(gt_label=[0, 1])
+        with pytest.raises(ValueError, match=r'images of one class; one of these has .* 0, 1$'):
+            ClassMap(several, ['a', 'b'])
+
+
+def test_accuracy_on_a_class_map_asks_for_one():
+    metric = MappedAccuracy()
+    for metainfo in (None, dict(classes=['a', 'b'])):
+        metric.dataset_meta = metainfo
+        with pytest.raises(ValueError, match=r'is for a protune_mm.ClassMap: put one around'):
+            metric.process({}, [dict(gt_label=torch.tensor([1]), pred_score=torch.rand(2))])
 
 
 def test_accuracy_by_the_number_of_training_images(folder):
@@ -459,6 +490,16 @@ def test_the_tool_on_a_classifier(trained_cls, tmp_path):
         other = run_tool('tools/test_robustness.py', *common, *more, check=False)
         assert 'robust.json has the scores of another config: config with digest' in other.stderr
     assert json.loads(out.read_text())['scores'] == found, 'nothing is lost'
+    ours = 'is no file that --out of tools/test_robustness.py has written'
+    for text, told in (('{"accuracy/top1": 50.0}', ours), ('{"about"', 'is no JSON (')):
+        (tmp_path / 'metrics.json').write_text(text)
+        for where in (('--baseline',), ('--no-corruptions', '--out')):
+            other = run_tool(
+                'tools/test_robustness.py', *common[:-2], *where, tmp_path / 'metrics.json',
+                check=False,
+            )  # fmt: skip
+            assert f'metrics.json {told}' in other.stderr.strip().splitlines()[-1]
+        assert (tmp_path / 'metrics.json').read_text() == text
     held['about']['test images'] -= 2
     (tmp_path / 'grown.json').write_text(json.dumps(held))
     grown = run_tool(

@@ -10,7 +10,7 @@ from mmengine.dataset import BaseDataset, ClassBalancedDataset, ConcatDataset, R
 from mmengine.registry import DATASETS, DefaultScope
 
 from protune_mm.datasets import FewLabels, LongTailed
-from protune_mm.datasets.subsets import mask_labels
+from protune_mm.datasets.subsets import check_rest, mask_labels
 from protune_mm.robustness import ClassMap, ShotAccuracy
 
 
@@ -260,8 +260,10 @@ def test_the_rest_is_what_was_not_chosen():
             lambda: FewLabels(classes(100, 4), 0.9, rest=True),
             r"fraction=0.9 \(rest\) leaves no image of class 'tulip', which 4 of",
         ),
-        (lambda: LongTailed(classes(9, 9), 0.5), 'ratio=0.5 is below 1'),
-        (lambda: LongTailed(classes(9, 9), 100), "ratio=100 leaves no image of class 'tulip'"),
+        (lambda: LongTailed(classes(9, 9, 9), 0.5), 'ratio=0.5 is below 1'),
+        (lambda: LongTailed(classes(9, 9, 9), 50), "ratio=50 leaves no image of class 'daisy'"),
+        (lambda: LongTailed(classes(9, 0, 9), 2), "LongTailed: no image has class 'tulip'"),
+        (lambda: LongTailed(classes(9, 9), 2), "LongTailed: no image has class 'daisy'"),
         (lambda: LongTailed(boxes((0, 1)), 10), 'every image needs one label'),
     ],
 )
@@ -291,3 +293,38 @@ def test_both_are_built_from_a_config_of_any_library(tmp_path):
         assert len(few) == 20
         tail = DATASETS.build(dict(type='protune_mm.LongTailed', dataset=data, ratio=10))
         assert tail.class_counts() == [20, 2]
+
+
+def loader(name, data_root='set', around=None, **part):
+    found = dict(type='CustomDataset', data_root=data_root, pipeline=[dict(type=name)])
+    if part:
+        found = dict(type='protune_mm.FewLabels', dataset=found, **part)
+    return dict(dataset=dict(type=around, dataset=found) if around else found)
+
+
+@pytest.mark.parametrize(
+    ('train', 'val', 'apart'),
+    [
+        (dict(fraction=0.9), dict(fraction=0.9, rest=True), True),
+        (dict(fraction=0.1), dict(fraction=0.9, rest=True), True),
+        (dict(fraction=0.1, around='protune_mm.LongTailed'), dict(fraction=0.9, rest=True), True),
+        (dict(fraction=0.1, seed=1), dict(fraction=0.9, seed=1, rest=True), True),
+        (dict(fraction=0.1, rest=True), dict(fraction=0.1), True),
+        (dict(fraction=0.1, seed=1), dict(fraction=0.9, rest=True), False),
+        (dict(fraction=0.1, seed=1, around='RepeatDataset'), dict(fraction=0.9, rest=True), False),
+        (dict(fraction=0.95), dict(fraction=0.9, rest=True), False),
+        (dict(), dict(fraction=0.9, rest=True), False),
+        (dict(fraction=0.1, rest=True), dict(fraction=0.5), False),
+        # Another set, and parts of which none is to be the rest of the other.
+        (dict(fraction=0.1, seed=1, data_root='other'), dict(fraction=0.9, rest=True), True),
+        (dict(), dict(fraction=0.9), True),
+    ],
+)
+def test_the_rest_of_another_part_is_refused(train, val, apart):
+    train, val = loader('Train', **train), loader('Val', **val)
+    check_rest(train, None)
+    if apart:
+        check_rest(train, val)
+        return
+    with pytest.raises(ValueError, match='of the same data set, so that images are in both'):
+        check_rest(train, val)

@@ -71,7 +71,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--table', action='store_true', help='run nothing, draw the table')
     parser.add_argument('--work-dir', default='work_dirs/coverage', help='folder of the results')
     parser.add_argument('--out', default='docs/coverage.md', help='the table of a full run')
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.jobs < 1:
+        parser.error(f'--jobs {args.jobs}: at least one process has to go on')
+    return args
 
 
 class Attempts(Results):

@@ -52,6 +52,8 @@ def main() -> None:
     )
     parser.add_argument('--results', default='results.jsonl', help='name of the file in it')
     args = parser.parse_args()
+    if args.jobs < 1:
+        parser.error(f'--jobs {args.jobs}: at least one run has to go on')
     try:
         study = Study(args.study)
         one = args.run and Run.of(args.run)
@@ -63,6 +65,7 @@ def main() -> None:
             f'{", ".join(study.known)}'
         )
     if one:
+        check_ready(study, [one.task])
         check_data(study, [one])
         for line in train(args.study, args.run)['lines']:
             print(json.dumps(line))

@@ -62,6 +62,9 @@ def main() -> None:
         parser.error('scores are written by one process: test without --launcher')
     if args.baseline and args.no_corruptions:
         parser.error('--baseline divides errors under corruption: leave --no-corruptions out')
+    how = cfg.get('test_cfg') or {}
+    if how.get('type', 'TestLoop') not in ('TestLoop', TestLoop):
+        parser.error(f"test_cfg.type={how['type']}: this tool tests by mmengine's TestLoop alone")
     about = about_test(args, cfg)
     cfg.load_from = args.checkpoint
     cfg.resume = False  # As in test.py.
@@ -81,7 +84,10 @@ def main() -> None:
 
     def test(dataloader: DataLoader | dict) -> float:
         runner._test_loop = TestLoop(
-            runner, runner.build_dataloader(dataloader), runner.build_evaluator(cfg.test_evaluator)
+            runner,
+            runner.build_dataloader(dataloader),
+            runner.build_evaluator(cfg.test_evaluator),
+            fp16=how.get('fp16', False),
         )
         metrics = runner.test()
         if found_nothing(args.metric, metrics, runner.test_loop.evaluator.metrics):
@@ -137,9 +143,9 @@ def read_baseline(path: str, about: dict) -> dict[tuple[str, int], float]:
     """Scores under corruption of another network.
 
     Raises:
-        ValueError: they are of another metric, or of another number of images.
+        ValueError: they are of another metric or of another number of images, or are none.
     """
-    held = json.loads(Path(path).read_text())
+    held = read_scores(Path(path))
     for key in ('metric', 'test images'):
         theirs = held['about'].get(key, about[key])  # Older files do not tell the images.
         if theirs != about[key]:
@@ -148,6 +154,21 @@ def read_baseline(path: str, about: dict) -> dict[tuple[str, int], float]:
             )
     split = {tuple(name.rsplit(' ', 1)): score for name, score in held['scores'].items()}
     return {(key[0], int(key[1])): score for key, score in split.items() if key[0] in CORRUPTIONS}
+
+
+def read_scores(file: Path) -> dict:
+    """What a file of this tool holds.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        held = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f'{file} is no JSON ({error})') from error
+    if not (isinstance(held, dict) and {'about', 'scores'} <= held.keys()):
+        raise ValueError(f'{file} is no file that --out of tools/test_robustness.py has written')
+    return held
 
 
 SHORT = {
@@ -168,7 +189,10 @@ def about_test(args: argparse.Namespace, cfg: Config) -> dict:
         cfg: the config with all options.
     """
     whole = cfg.to_dict()  # Functions and classes by their names, which are the same tomorrow.
-    parts = ('model', 'data_preprocessor', 'test_dataloader', 'test_evaluator', 'custom_hooks')
+    parts = (
+        'model', 'data_preprocessor', 'test_dataloader', 'test_evaluator', 'test_cfg',
+        'custom_hooks',
+    )  # fmt: skip
     tested = {part: whole.get(part) for part in parts}
     loader = whole['test_dataloader']
     tested['test_dataloader'] = {k: v for k, v in loader.items() if k not in LOADING}
@@ -190,7 +214,7 @@ class Scores:
         about: what decides them.
 
     Raises:
-        ValueError: the file has scores of another model, checkpoint, test set or metric.
+        ValueError: the file has scores of another model, checkpoint, test set or metric, or none.
     """
 
     def __init__(self, file: str | None, about: dict) -> None:
@@ -201,7 +225,7 @@ class Scores:
             return
         self.file.parent.mkdir(parents=True, exist_ok=True)
         if self.file.exists():
-            before = json.loads(self.file.read_text())
+            before = read_scores(self.file)
             for key, value in self.about.items():
                 if before['about'].get(key) != value:
                     raise ValueError(

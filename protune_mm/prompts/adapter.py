@@ -6,7 +6,7 @@ from mmengine.model import kaiming_init
 from torch import Tensor, nn
 
 from ..registry import PROMPTS
-from .base import Prompt, feedforward
+from .base import Prompt, check_count, feedforward
 
 
 @PROMPTS.register_module()
@@ -27,6 +27,9 @@ class Adapter(Prompt):
         authors_init: start ``down`` as code of the authors does, uniform within one over the root
             of its inputs, instead of by Kaiming over its outputs, which is larger. Default False.
 
+    Raises:
+        ValueError: ``hidden`` is no whole number from 1 on.
+
     Shape: ``(B, channels, H, W) -> (B, out_channels, H / stride, W / stride)``.
     """
 
@@ -44,6 +47,7 @@ class Adapter(Prompt):
         authors_init: bool = False,
     ) -> None:
         super().__init__()
+        check_count('hidden', hidden)
         self.zero_init, self.scale, self.authors_init = zero_init, scale, authors_init
         self.down = nn.Conv2d(channels, hidden, 1, stride)
         self.act = nn.ReLU()

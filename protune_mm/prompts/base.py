@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from mmengine.model import BaseModule
 from torch import nn
@@ -43,12 +43,35 @@ class Prompt(BaseModule):
         """
         raise NotImplementedError
 
+    @classmethod
+    def unmatched(cls, found: Iterable[str], **options: object) -> dict[str, str]:
+        """What of the options names a layer that no block has.
+
+        Args:
+            found: dotted names of the layers of all blocks.
+            **options: of the prompt, as a config gives them.
+
+        Returns:
+            dict[str, str]: option to the name, empty where there is none.
+        """
+        return {}
+
     def merge_into(self, layer: nn.Module) -> None:
         """Add what the prompt computes to the weights of the layer beside which it runs.
 
         Only for types that are ``mergeable``.
         """
         raise NotImplementedError
+
+
+def check_count(name: str, value: object, of: str = 'channels') -> None:
+    """Refuse an option that counts something and is no whole number from 1 on.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if type(value) is not int or value < 1:
+        raise ValueError(f'{name}={value!r} is no number of {of}: use 1 or more')
 
 
 def feedforward(block: nn.Module) -> list[str]:

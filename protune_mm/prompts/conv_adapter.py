@@ -34,7 +34,7 @@ class ConvAdapter(Prompt):
         zero_init: start ``up`` at zero. Default True.
 
     Raises:
-        ValueError: ``beside`` is unknown.
+        ValueError: ``beside`` is unknown, or ``ratio`` is not above 0.
 
     Shape: ``(B, channels, H, W) -> (B, out_channels, H / stride, W / stride)``.
     """
@@ -55,6 +55,8 @@ class ConvAdapter(Prompt):
         zero_init: bool = True,
     ) -> None:
         super().__init__()
+        if ratio <= 0:
+            raise ValueError(f'ratio={ratio} leaves no channel: use a number above 0')
         out_channels = out_channels or channels
         # The number of groups has to divide the channels.
         hidden = max(1, int(channels / ratio))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterable
 
 import torch
 from mmengine.logging import print_log
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..registry import PROMPTS
-from .base import Prompt, outermost
+from .base import Prompt, check_count, outermost
 
 STANDARDIZED = {
     'ConvWS2d', 'ConvAWS2d', 'StdConv2d', 'StdConv2dSame', 'ScaledStdConv2d', 'ScaledStdConv2dSame',
@@ -47,9 +48,13 @@ class LoRA(Prompt):
         padding_mode: of the layer. Default ``'zeros'``.
         rank: channels between the two. Default 8.
         alpha: numerator of the factor. Default ``rank``, a factor of 1.
-        layers: names of the layers that have one, such as ``('qkv',)``. Default: every linear
-            layer and every convolution without groups that applies its weight as it is.
+        layers: names of the layers that have one, such as ``('qkv', 'fc1')`` or ``'qkv'``. Default:
+            every linear layer and every convolution without groups that applies its weight as it
+            is.
         zero_init: start ``up`` at zero. Default True, the paper's.
+
+    Raises:
+        ValueError: ``rank`` is no whole number from 1 on.
 
     Shape: ``(B, channels, H, W) -> (B, out_channels, H / stride, W / stride)``.
     """
@@ -69,10 +74,11 @@ class LoRA(Prompt):
         padding_mode: str = 'zeros',
         rank: int = 8,
         alpha: float | None = None,
-        layers: tuple[str, ...] = (),
+        layers: tuple[str, ...] | str = (),
         zero_init: bool = True,
     ) -> None:
         super().__init__()
+        check_count('rank', rank)
         self.zero_init = zero_init
         self.scale = (rank if alpha is None else alpha) / rank
         geometry = dict(stride=stride, padding=padding, dilation=dilation, bias=False)
@@ -96,8 +102,10 @@ class LoRA(Prompt):
         return self.up(hidden if self.scale == 1 else hidden * self.scale)
 
     @classmethod
-    def layers(cls, block: nn.Module, layers: tuple = (), **options: object) -> list[str]:
+    def layers(cls, block: nn.Module, layers: tuple | str = (), **options: object) -> list[str]:
         """See :class:`Prompt`."""
+        if isinstance(layers, str):
+            layers = (layers,)
 
         def wanted(name: str, layer: nn.Module) -> bool:
             plain = isinstance(layer, nn.Linear) or (
@@ -120,6 +128,16 @@ class LoRA(Prompt):
                 level=logging.WARNING,
             )
         return [name for name in found if not name.startswith(whole)] if whole else found
+
+    @classmethod
+    def unmatched(
+        cls, found: Iterable[str], layers: tuple | str = (), **options: object
+    ) -> dict[str, str]:
+        """See :class:`Prompt`."""
+        names = {path.rpartition('.')[2] for path in found}
+        asked = (layers,) if isinstance(layers, str) else layers
+        missing = [name for name in asked if name not in names]
+        return {'layers': missing[0]} if missing else {}
 
     @torch.no_grad()
     def merge_into(self, layer: nn.Module) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..registry import PROMPTS
-from .base import Prompt
+from .base import Prompt, check_count
 
 
 @PROMPTS.register_module()
@@ -26,6 +26,9 @@ class LoRand(Prompt):
         rank: side of the kernels. Default 8, the paper's beta.
         zero_init: start the last factors at zero. Default True.
 
+    Raises:
+        ValueError: ``branches`` or ``rank`` is no whole number from 1 on.
+
     Shape: ``(B, C, H, W) -> (B, C, H, W)``.
     """
 
@@ -35,6 +38,8 @@ class LoRand(Prompt):
         self, channels: int, branches: int = 2, rank: int = 8, zero_init: bool = True
     ) -> None:
         super().__init__()
+        check_count('rank', rank)
+        check_count('branches', branches, 'products')
         hidden = max(1, channels // 2)
         self.zero_init = zero_init
         self.kernel = nn.Parameter(torch.empty(branches, rank, rank))

@@ -7,7 +7,7 @@ from mmengine.model import kaiming_init
 from torch import Tensor, nn
 
 from ..registry import PROMPTS
-from .base import Prompt
+from .base import Prompt, check_count
 
 
 @PROMPTS.register_module()
@@ -30,6 +30,9 @@ class Mona(Prompt):
             within one over the root of their inputs, biases too, instead of by Kaiming over their
             outputs without biases: depth-wise ones are larger so, others smaller. Default False.
 
+    Raises:
+        ValueError: ``hidden`` is no whole number from 1 on.
+
     Shape: ``(B, C, H, W) -> (B, C, H, W)``.
     """
 
@@ -43,6 +46,7 @@ class Mona(Prompt):
         authors_init: bool = False,
     ) -> None:
         super().__init__()
+        check_count('hidden', hidden)
         hidden = min(hidden, channels)
         self.zero_init, self.authors_init = zero_init, authors_init
         # A group norm with one group would mix pixels: the layer norm is over channels alone.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 
 import torch
@@ -16,6 +17,7 @@ from ..lean.derived import tracing
 from ..lean.layers import keeps
 from ..lean.rebuild import Rebuilding, apply_rebuildable, hooked
 from ..registry import PROMPTS
+from .base import check_count
 from .convs import DepthwiseConv2d, FixedConv2d, ScaledConv2d
 
 
@@ -58,10 +60,11 @@ class ProTuningBlock(BaseModule):
             a warning says so if it shows too little. Default False.
 
     Raises:
-        ValueError: ``ratio`` leaves no channel, ``hidden`` is below 1, ``kernel_size`` is even,
+        ValueError: ``ratio`` leaves no channel, ``hidden`` is below 1, ``kernel_size`` is even or
+            below 1, ``scale`` is not finite, mmcv refuses ``norm_cfg`` or ``act_cfg``,
             ``drop_rate`` is not from 0 to below 1, ``init_mode`` is unknown, or ``'principal'``
             where the last convolution does not start at zero.
-        TypeError: an option that should be a number is none, or ``fixed_down`` no bool.
+        TypeError: an option that should be a number or a bool is none.
 
     Shape: ``(B, C, H, W) -> (B, C, H, W)``, any H and W from 1 on.
 
@@ -104,15 +107,26 @@ class ProTuningBlock(BaseModule):
             if isinstance(value, bool) or not isinstance(value, int | float):
                 hint = " and not 'root'" if name == 'scale' else ''
                 raise TypeError(f'{name}={value!r} is no number{hint}')
-        if not isinstance(fixed_down, bool):
-            raise TypeError(f'fixed_down={fixed_down!r} is neither True nor False')
-        if hidden is not None and (type(hidden) is not int or hidden < 1):
-            raise ValueError(f'hidden={hidden!r} is no number of channels: use 1 or more')
+        given = dict(
+            depthwise=depthwise,
+            learnable_scale=learnable_scale,
+            zero_init=zero_init,
+            fixed_down=fixed_down,
+        )
+        for name, value in given.items():
+            if not isinstance(value, bool):
+                raise TypeError(f'{name}={value!r} is neither True nor False')
+        if scale != 'root' and not math.isfinite(scale):
+            raise ValueError(f'scale={scale} is not finite')
+        if hidden is not None:
+            check_count('hidden', hidden)
         if hidden is None and (ratio <= 0 or int(channels / ratio) < 1):
             raise ValueError(
                 f'ratio={ratio} leaves no channel of {channels}: use a ratio above 0 and at most '
                 f'{channels}'
             )
+        if kernel_size < 1 or kernel_size % 1:
+            raise ValueError(f'kernel_size={kernel_size} is no side in pixels: use 1, 3, 5, ...')
         if kernel_size % 2 == 0:
             raise ValueError(f'kernel_size={kernel_size} shifts the map by half a pixel: use odd')
         if init_mode not in ('fan_in', 'fan_out', 'principal'):
@@ -128,8 +142,8 @@ class ProTuningBlock(BaseModule):
         # A normalization right after a convolution makes its bias redundant.
         bias = norm_cfg is None
         self.down = (FixedConv2d if fixed_down else nn.Conv2d)(channels, hidden, 1, bias=bias)
-        self.norm1 = build_norm_layer(norm_cfg, hidden)[1] if norm_cfg else nn.Identity()
-        self.act1 = build_activation_layer(act_cfg) if act_cfg else nn.Identity()
+        self.norm1 = _norm(norm_cfg, hidden)
+        self.act1 = _activation(act_cfg)
         self.spatial = (DepthwiseConv2d if depthwise else nn.Conv2d)(
             hidden,
             hidden,
@@ -138,8 +152,8 @@ class ProTuningBlock(BaseModule):
             groups=hidden if depthwise else 1,
             bias=bias,
         )
-        self.norm2 = build_norm_layer(norm_cfg, hidden)[1] if norm_cfg else nn.Identity()
-        self.act2 = build_activation_layer(act_cfg) if act_cfg else nn.Identity()
+        self.norm2 = _norm(norm_cfg, hidden)
+        self.act2 = _activation(act_cfg)
         self.drop = nn.Dropout2d(drop_rate) if drop_rate else nn.Identity()
         self.up = ScaledConv2d(hidden, channels, 1)
         if learnable_scale:
@@ -284,3 +298,25 @@ def some_pixels(x: Tensor, most: int = 2048) -> Tensor:
     chosen = torch.linspace(0, total - 1, min(total, most), device=x.device).long()
     image, place = chosen // (height * width), chosen % (height * width)
     return x[image, :, place // width, place % width].float()
+
+
+def _norm(cfg: dict | None, channels: int) -> nn.Module:
+    """A normalization as mmcv builds it, or none."""
+    return _built('norm_cfg', cfg, lambda: build_norm_layer(cfg, channels)[1])
+
+
+def _activation(cfg: dict | None) -> nn.Module:
+    """An activation as mmcv builds it, or none."""
+    return _built('act_cfg', cfg, lambda: build_activation_layer(cfg))
+
+
+def _built(name: str, cfg: dict | None, build: Callable[[], nn.Module]) -> nn.Module:
+    if not cfg:
+        return nn.Identity()
+    try:
+        return build()
+    except (AssertionError, KeyError, TypeError) as error:  # Some say nothing.
+        told = str(error).strip('"\'') or f'mmcv refuses it ({type(error).__name__})'
+        if isinstance(error, KeyError) and 'type' in cfg:
+            told = f"mmcv knows no type '{cfg['type']}'"
+        raise ValueError(f'{name}={cfg}: {told}') from error

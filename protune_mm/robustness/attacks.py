@@ -82,7 +82,8 @@ def robust_accuracy(
 
     Raises:
         ValueError: an unknown attack, budgets that do not grow, too few classes, images of several
-            classes, or a model with other outputs than a score for each class.
+            classes or of no pixels from 0 to 255, or a model with other outputs than a score for
+            each class.
         ModuleNotFoundError: the library is not installed.
     """
     check_attack(model, attack, budgets, answers)
@@ -92,7 +93,7 @@ def robust_accuracy(
     device = next(model.parameters()).device
     right, total = dict.fromkeys(budgets, 0), 0
     for batch in batches:
-        pixels = _stacked(batch['inputs']).to(device).float() / 255
+        pixels = _pixels(batch['inputs']).to(device).float() / 255
         labels = [s.gt_label.flatten().tolist() for s in batch['data_samples']]
         for found in labels:
             if len(found) != 1:
@@ -160,8 +161,17 @@ def check_attack(
     attack_library()
 
 
-def _stacked(inputs: Tensor | list[Tensor]) -> Tensor:
-    return inputs if isinstance(inputs, Tensor) else torch.stack(inputs)
+def _pixels(inputs: Tensor | list[Tensor]) -> Tensor:
+    """The images of a batch, which an attack cuts to the range of pixels."""
+    images = inputs if isinstance(inputs, Tensor) else torch.stack(inputs)
+    low, high = float(images.min()), float(images.max())
+    # A float image may end a little past the range, as some ways to resize leave it.
+    if low < -1 or high > 256 or (images.is_floating_point() and high <= 1):
+        raise ValueError(
+            f'attacks are on pixels from 0 to 255; the test pipeline gives {low:.4g} to '
+            f'{high:.4g}: leave the normalization to model.data_preprocessor'
+        )
+    return images
 
 
 def attack_library() -> Any:

@@ -31,7 +31,7 @@ class ClassMap(Subset):
 
     Raises:
         ValueError: the map names a class that one of the two sets does not have, or has twice, or
-            it names none.
+            it names none, or an image has several classes.
     """
 
     def __init__(
@@ -100,6 +100,12 @@ class ClassMap(Subset):
 
     def choose(self, labels: list[set[int]]) -> list[int]:
         """See :class:`Subset`."""
+        for found in labels:
+            if len(found) > 1:
+                raise ValueError(
+                    'ClassMap is for images of one class; one of these has the classes '
+                    f'{", ".join(map(str, sorted(found)))}'
+                )
         return [i for i, found in enumerate(labels) if found and found <= set(self.new)]
 
     def get_data_info(self, index: int) -> dict:
@@ -119,13 +125,21 @@ class MappedAccuracy(BaseMetric):
     """Top-1 accuracy on a :class:`ClassMap`: only its classes are answers.
 
     Its result is ``top1``, in per cent.
+
+    Raises:
+        ValueError: the data set is no :class:`ClassMap`.
     """
 
     default_prefix = 'accuracy'
 
     def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
         """Note whether the best class of the subset is the right one."""
-        subset = self.dataset_meta['subset']
+        subset = (self.dataset_meta or {}).get('subset')
+        if subset is None:
+            raise ValueError(
+                'MappedAccuracy is for a protune_mm.ClassMap: put one around the test data set, or '
+                "use type='Accuracy'"
+            )
         for sample in data_samples:
             best = subset[int(sample['pred_score'][subset].argmax())]
             self.results.append(best == int(sample['gt_label']))

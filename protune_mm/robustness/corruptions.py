@@ -187,6 +187,8 @@ _TO_ONE = {
     'youtube_vis',
 }  # fmt: skip
 """Prefixes of MMDetection's metrics whose scores go to 1; all others go to 100."""
+_TO_ONE_ALONE = {'averageScoreCategories', 'averageScoreInstCategories'}
+"""Scores of MMSegmentation's ``CityscapesMetric``, which has no prefix; they go to 1."""
 
 
 def per_cent(metric: str) -> bool:
@@ -198,7 +200,7 @@ def per_cent(metric: str) -> bool:
     """
     *prefixes, last = metric.split('/')
     ap = re.match(r'(bbox|segm|proposal)_m?A[PR]', last)
-    return not (_TO_ONE.intersection(prefixes) or ap)
+    return not (_TO_ONE.intersection(prefixes) or ap or last in _TO_ONE_ALONE)
 
 
 def found_nothing(metric: str, scores: Mapping[str, float], metrics: Iterable[BaseMetric]) -> bool:

@@ -43,8 +43,8 @@ class Run:
             task, method, fraction, rate, seed = key.split(' ')
             lr, *parts = map(float, rate.split('x'))
             (part,) = parts or [1.0]
-            if not (is_rate(lr, part) and parts != [1.0]):
-                raise ValueError(rate)
+            if not (is_rate(lr, part) and parts != [1.0] and 0 < float(fraction) <= 1):
+                raise ValueError(key)
             return cls(task, method, float(fraction), lr, int(seed), part)
         except ValueError as error:
             raise ValueError(
