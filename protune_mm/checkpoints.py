@@ -133,7 +133,7 @@ class FillBaseHook(Hook):
             if told is None:
                 continue
             check_tuned(backbone, told, state, prefix)
-            if all(prefix + key in state for key, _ in frozen_tensors(backbone)):
+            if all(prefix + key in state for key in frozen_keys(backbone)):
                 continue
             with own_files(runner._resume):
                 provide(backbone, told)

@@ -57,16 +57,18 @@ def ProTuned(  # noqa: N802  (a registered type, spelled like one)
     reason = refusal(kind) if isinstance(kind, type) and policy != 'full' else None
     if reason:  # Told before it is built: it may need a library that is not there.
         raise ValueError(f'{kind.__name__} cannot be Pro-tuned: {reason}')
+    built = ROOT.build(dict(type=base, **backbone))
     return protune(
-        ROOT.build(dict(type=base, **backbone)),
+        built,
         stages=stages,
         prompt=prompt,
         lean=lean,
         policy=policy,
         affine=affine,
         require_weights=require_weights,
-        # Built just now, so its weights are still random: somebody has to load them.
-        weights_given=False,
+        # Built just now, so its weights are still random and somebody has to load them, but where
+        # its constructor has, as TIMMBackbone's does, and says by this that nothing is to be drawn.
+        weights_given=bool(getattr(built, '_is_init', False)),
         base_checkpoint=base_checkpoint,
     )
 

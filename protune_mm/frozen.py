@@ -29,6 +29,7 @@ from .tuned import (
     Options,
     State,
     forks,
+    frozen_keys,
     frozen_tensors,
     prompts,
     trained_blocks,
@@ -160,8 +161,7 @@ class ProTunedBackbone:
                 give_back(self)
                 self._protune.initialized = True
             check_tuned(self, told, state_dict, prefix)
-            lacking = (prefix + name not in state_dict for name, _ in frozen_tensors(self))
-            if any(lacking):
+            if any(prefix + key not in state_dict for key in frozen_keys(self)):
                 provide(self, told)
         self._protune.told = told
         self._protune.loads.prefix = prefix

@@ -25,6 +25,7 @@ from .tuned import (
     prompts,
     unwrapped,
 )
+from .weights import BY_SIZE
 
 
 @HOOKS.register_module()
@@ -241,4 +242,5 @@ def _guarded_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for prefix, backbone in backbones(model).items():
         if not is_teacher(backbone):
             for name, tensor in frozen_tensors(backbone):
-                yield f'{prefix}.{name}'.lstrip('.'), tensor
+                if name.rpartition('.')[2] not in BY_SIZE:
+                    yield f'{prefix}.{name}'.lstrip('.'), tensor

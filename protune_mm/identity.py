@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from .weights import BY_SIZE
+
 KEY = 'prompt_base'
 """Below this name, inside a backbone, lie the tensors that say what it was tuned on."""
 
@@ -94,7 +96,7 @@ def _bytes(raw: bytes) -> Tensor:
 
 
 def identifying(backbone: nn.Module, frozen: Iterable[tuple[str, Tensor]]) -> Iterator[tuple]:
-    """The frozen tensors that a base is known by: all weights, no counters, no index tables.
+    """The frozen tensors that a base is known by: all weights, no counters, no tables.
 
     Args:
         backbone: the backbone.
@@ -104,6 +106,8 @@ def identifying(backbone: nn.Module, frozen: Iterable[tuple[str, Tensor]]) -> It
         if not tensor.is_floating_point():
             continue
         owner, _, key = name.rpartition('.')
+        if key in BY_SIZE:
+            continue
         if key not in backbone.get_submodule(owner)._non_persistent_buffers_set:
             yield name, tensor
 

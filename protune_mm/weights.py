@@ -14,6 +14,8 @@ from .lean import version_of
 
 COMPUTED = ('relative_coords_table',)
 """Buffers that stock loading leaves out: MMPretrain's SwinTransformerV2 makes them anew."""
+BY_SIZE = ('freqs_cos', 'freqs_sin')
+"""Buffers that follow from the size of the image: MMPretrain's ViTEVA02 makes them in forward."""
 
 
 @dataclass
@@ -102,7 +104,7 @@ class LoadRecord:
             name
             for name, tensor in tensors.items()
             if tensor.is_floating_point()
-            and name.rpartition('.')[2] not in COMPUTED
+            and name.rpartition('.')[2] not in COMPUTED + BY_SIZE
             and name not in self.names
             and (name.rpartition('.')[0] not in norms or name in self.misshapen)
         ]

@@ -12,7 +12,8 @@ from torch import nn
 
 import protune_mm
 from protune_mm.base_weights import ALLOW, BASE, own_files
-from protune_mm.checkpoints import note_origin, tuned_state_dict
+from protune_mm.checkpoints import identities, note_origin, tuned_state_dict
+from protune_mm.hooks import _guarded_tensors
 from protune_mm.identity import KEY
 from protune_mm.tuned import frozen_keys, frozen_tensors, tuned_parameters
 from tests.conftest import EVERY, EXAMPLES, build_protuned, build_stock, flat, image
@@ -397,3 +398,47 @@ def test_the_base_of_load_from_is_found_beside_init_cfg(tmp_path, base, monkeypa
     with own_files():
         other.load_state_dict(tuned)
     assert same(other, outputs)
+
+
+@pytest.mark.parametrize(
+    'config',
+    [
+        dict(base='mmpretrain.TinyViT', arch='5m', img_size=(64, 64)),
+        dict(base='mmdet.ResNet', depth=18),
+    ],
+    ids=lambda config: config['base'],
+)
+def test_a_whole_file_needs_no_base(config):
+    """Index tables that no state has are none of its weights."""
+    config = dict(type='protune_mm.ProTuned', **config)
+    one, other = trained(MODELS.build(config)), MODELS.build(config)
+    state = one.state_dict()
+    other.load_state_dict(state | identities(one))
+    assert all(torch.equal(other.state_dict()[key], tensor) for key, tensor in state.items())
+    assert other.protune_fingerprint() == one.protune_fingerprint()
+
+
+def test_tables_that_follow_from_the_image_are_no_part_of_the_base():
+    """ViTEVA02 replaces them in its forward pass at another size."""
+    config = dict(
+        type='protune_mm.ProTuned',
+        base='mmpretrain.ViTEVA02',
+        arch=dict(num_layers=2, embed_dims=32, num_heads=2, feedforward_channels=64),
+        img_size=28,
+        patch_size=14,
+        out_type='featmap',
+    )
+    one, other = trained(MODELS.build(config)), MODELS.build(config)
+    with torch.no_grad():
+        one(image(1, 56, 56))
+    assert one.rope.freqs_cos.shape != other.rope.freqs_cos.shape
+    frozen = {key: one.state_dict()[key] for key in frozen_keys(one) if 'freqs' not in key}
+    other.load_state_dict(frozen, strict=False)
+    assert one.protune_fingerprint() == other.protune_fingerprint()
+    assert other._protune.loads.problem(other, dict(frozen_tensors(other))) is None
+    before = dict(_guarded_tensors(one))
+    with torch.no_grad():
+        one(image(1, 28, 56))
+    after = dict(_guarded_tensors(one))
+    assert len(before) > 10
+    assert all(after[name] is tensor for name, tensor in before.items())

@@ -89,9 +89,10 @@ UNREAD = {'AlexNet': ('classifier',)}
 """Classifiers that the examples do not have or use."""
 
 
+@pytest.mark.parametrize('stages', [None, 'blocks'])
 @every
-def test_channels_are_what_the_blocks_yield(library, family):
-    tuned = build_protuned(library, family)
+def test_channels_are_what_the_blocks_yield(library, family, stages):
+    tuned = build_protuned(library, family, stages=stages)
     seen = {}
     for name, prompt in prompts(tuned).items():
         prompt.register_forward_hook(
@@ -305,3 +306,16 @@ def test_a_backbone_that_a_model_has_twice():
     sum(o.mean() for o in model(torch.randn(1, 3, 64, 96))).backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == (name in names), name
+
+
+@pytest.mark.parametrize('kind', ['CSPDarknet', 'CSPNeXt'])
+def test_separable_convolutions_tell_their_channels(kind):
+    """As in YOLOX-nano, whose stages begin with one."""
+    small = dict(
+        deepen_factor=0.1, widen_factor=0.125, use_depthwise=True, out_indices=(1, 2, 3, 4)
+    )
+    tuned = MODELS.build(
+        dict(type='protune_mm.ProTuned', base=f'mmdet.{kind}', stages='blocks', **small)
+    )
+    with torch.no_grad():
+        assert len(tuned(torch.randn(1, 3, 64, 64))) == 4

@@ -170,3 +170,22 @@ def test_cuda_ops_are_asked_for_once(bash):
     worlds = ({}, {'GPU': '1'}, {'FORCE_CUDA': '1'})
     plain, gpu, forced = (bash(f'{make} fingerprint', **given).stdout for given in worlds)
     assert plain == gpu != forced
+
+
+def test_an_environment_of_its_user_is_not_emptied(bash, tmp_path):
+    """One without pip, as uv makes them, that is not active."""
+    python = tmp_path / '.venv' / 'bin' / 'python'
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\ncase "$2" in *pip*) exit 1;; esac\n')
+    python.chmod(0o755)
+    kept = tmp_path / '.venv' / 'mine.txt'
+    kept.touch()
+    done = bash('unset VIRTUAL_ENV; choose_environment')
+    assert done.returncode == 1
+    assert '.venv is an environment without pip, or' in done.stderr
+    assert 'not made by this script: remove it, or activate another' in done.stderr
+    assert kept.exists()
+    # One of its own is made anew.
+    (tmp_path / '.venv' / '.protune_mm-base').touch()
+    done = bash('unset VIRTUAL_ENV; find_python() { echo false; }; choose_environment')
+    assert 'not made by this script' not in done.stderr

@@ -126,6 +126,16 @@ def renamed():
         ('annotations/val.json', None, 'annotations/*val*.json does not exist'),
         ('annotations/val.json', '{"images": [', 'val.json cannot be read as JSON'),
         ('annotations/val.json', '[]', 'val.json is not in COCO format: it has no images'),
+        (
+            'annotations/val.json',
+            '{"images": {"1": {}}, "annotations": [{}], "categories": [{"id": 1, "name": "a"}]}',
+            'val.json is not in COCO format: its image entries are no list of objects',
+        ),
+        (
+            'annotations/val.json',
+            '{"images": [{}], "annotations": [{}], "categories": ["cat"]}',
+            'val.json is not in COCO format: its category entries are no list of objects',
+        ),
         ('annotations/train.json', without('segmentation'), 'train.json: 3 of 3 annotation '),
         (
             'annotations/train.json',

@@ -129,3 +129,28 @@ def test_adapters_read_the_channels_of_what_they_are_beside(name):
     outs = flat(tuned(torch.randn(1, 3, *size)))
     sum(o.square().mean() for o in outs).backward()
     assert all(p.up.weight.grad is not None for p in prompts(tuned).values())
+
+
+@pytest.mark.parametrize('library', ['mmpretrain', 'mmseg'])
+def test_weights_that_the_wrapper_has_loaded_count(library, tmp_path, log):
+    """As of ``pretrained=True``, without a network here."""
+    import timm
+
+    model = timm.create_model('resnet10t', features_only=True)
+    torch.save(model.state_dict(), tmp_path / 'base.pth')
+    config = dict(
+        type='protune_mm.ProTuned',
+        base=f'{library}.TIMMBackbone',
+        model_name='resnet10t',
+        features_only=True,
+        pretrained=False,
+        require_weights=True,
+    )
+    tuned = MODELS.build(dict(config, checkpoint_path=str(tmp_path / 'base.pth')))
+    tuned.init_weights()
+    with torch.no_grad():
+        tuned(torch.randn(1, 3, 64, 64))
+    stem = next(t for n, t in tuned.named_parameters() if n.endswith('conv1.0.weight'))
+    assert torch.equal(stem, model.state_dict()['conv1.0.weight'])
+    with pytest.raises(RuntimeError, match='no weights were loaded into it'):
+        MODELS.build(config)(torch.randn(1, 3, 64, 64))

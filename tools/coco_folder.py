@@ -94,7 +94,11 @@ def read_annotations(path: Path) -> dict[str, Any]:
     return document
 
 
-def check_keys(path: Path, kind: str, entries: list, keys: Iterable[str]) -> None:
+def check_keys(path: Path, kind: str, entries: object, keys: Iterable[str]) -> None:
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise BadInputError(
+            f'{path} is not in COCO format: its {kind} entries are no list of objects'
+        )
     for key in keys:
         # An empty segmentation is no mask; a zero is a fine number.
         lacking = [e for e in entries if key not in e or e[key] in (None, [], {}, '')]

@@ -63,6 +63,11 @@ choose_environment() {
     else
         PYTHON=$REPO/.venv/bin/python
         if ! { [[ -x $PYTHON ]] && supported "$PYTHON" && "$PYTHON" -c 'import pip' 2>/dev/null; }; then
+            # One of this script has a mark; another one is its user's, with all that is in it.
+            if [[ -e $REPO/.venv && ! -e $REPO/.venv/.protune_mm-base ]]; then
+                fail "$REPO/.venv is an environment without pip, or of another Python than CPython" \
+                    '3.10, 3.11 or 3.12, and not made by this script: remove it, or activate another.'
+            fi
             base=$(find_python)
             # Debian's Python makes no environment until python3-venv is installed.
             "$base" -c 'import ensurepip' 2>/dev/null || fail \

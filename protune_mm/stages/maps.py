@@ -241,6 +241,13 @@ def _cspdarknet(backbone: nn.Module) -> list[Stage]:
     return containers(backbone, used if 0 in backbone.out_indices else used[1:])
 
 
+def _cspdarknet_channels(block: nn.Module) -> int:
+    """Of a CSPLayer, an SPPBottleneck, or a plain or separable convolution."""
+    for name in ('final_conv', 'conv2', 'pointwise_conv'):
+        block = getattr(block, name, block)
+    return block.conv.out_channels
+
+
 def _darknet(backbone: nn.Module) -> list[Stage]:
     used = backbone.cr_blocks[: max(backbone.out_indices) + 1]
     stem = [Stage(used[0], (used[0],))] if 0 in backbone.out_indices else []
@@ -509,14 +516,14 @@ MAPS: tuple[Family, ...] = (
     Family(
         'CSPDarknet',
         split=_cspdarknet,
-        channels=lambda block: getattr(block, 'final_conv', block).conv.out_channels,
+        channels=_cspdarknet_channels,
         layout=Maps(),
         examples=dict(mmdet=dict(type='CSPDarknet', deepen_factor=0.1, widen_factor=0.125)),
     ),
     Family(
         'CSPNeXt',
         split=_cspdarknet,
-        channels=lambda block: getattr(block, 'final_conv', block).conv.out_channels,
+        channels=_cspdarknet_channels,
         layout=Maps(),
         examples=dict(mmdet=dict(type='CSPNeXt', deepen_factor=0.1, widen_factor=0.125)),
     ),
