@@ -39,7 +39,8 @@ options = {
         ('ViT-S', dict(_base_.trained.prompt, hidden=48, scale=0.14)),
     )
 }
-in_camvid = {'pro-tuning': dict(prompt=_base_.camvid_trained)}
+# The warm-up is for 250 steps.
+in_camvid = {'pro-tuning': dict(_delete_=True, prompt=_base_.camvid_trained)}
 half = dict(every=2)
 detect = dict(dense, scenarios=half, cfg_options={**dense['cfg_options'], **_base_.clip})
 # In so many steps the head needs no such rate as in cpu.py's 250: these are the multipliers of the
@@ -53,7 +54,7 @@ tasks = {
     'camvid-longer': dict(options=in_camvid),
     'fruit': detect,
     'flowers5-vit': dict(classify, fractions=[0.05, 0.2, 1.0]),
-    'camvid-r18': dict(segment, fractions=[1.0, 0.2]),
+    'camvid-r18': dict(segment, fractions=[1.0, 0.2], options=dict(_delete_=True)),
     'bccd': dict(detect, fractions=[1.0, 0.25], lrs=[5e-4, 1e-3, 2e-3, 4e-3]),
     'camvid-instances': dict(dense),
 }
