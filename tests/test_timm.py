@@ -131,6 +131,7 @@ def test_adapters_read_the_channels_of_what_they_are_beside(name):
     assert all(p.up.weight.grad is not None for p in prompts(tuned).values())
 
 
+@pytest.mark.filterwarnings('ignore:Using both features_only and checkpoint_path')
 @pytest.mark.parametrize('library', ['mmpretrain', 'mmseg'])
 def test_weights_that_the_wrapper_has_loaded_count(library, tmp_path, log):
     """As of ``pretrained=True``, without a network here."""
