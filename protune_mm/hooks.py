@@ -159,7 +159,8 @@ class FiniteLossHook(Hook):
 
     Losses are looked at together, so that a GPU is not waited for at every step. In mixed precision
     single steps may have no finite gradients: they are left out, and the loss scale is halved.
-    There a training has diverged where that scale has fallen to nothing.
+    There a training has diverged where that scale has fallen to nothing, or, as a scale may be
+    fixed, where no loss of ``interval`` steps was finite.
 
     Args:
         interval: steps between two looks. Default 50; the last step of the training is one.
@@ -170,6 +171,8 @@ class FiniteLossHook(Hook):
     def __init__(self, interval: int = 50) -> None:
         self.interval = interval
         self._bad: Tensor | None = None
+        self._good: Tensor | None = None
+        self._noted = 0
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: object = None, outputs: dict | None = None
@@ -177,13 +180,15 @@ class FiniteLossHook(Hook):
         """Note the loss, and look at those noted every ``interval`` steps.
 
         Raises:
-            DivergedError: one of them is infinite or no number, or the loss scale has fallen to
-                nothing.
+            DivergedError: one of them is infinite or no number; in mixed precision, all of them
+                are, or the loss scale has fallen to nothing.
         """
         loss = (outputs or {}).get('loss')
-        if isinstance(loss, Tensor) and not isinstance(runner.optim_wrapper, AmpOptimWrapper):
-            bad = ~torch.isfinite(loss.detach()).all()
-            self._bad = bad if self._bad is None else self._bad | bad
+        if isinstance(loss, Tensor):
+            good = torch.isfinite(loss.detach()).all()
+            self._bad = ~good if self._bad is None else self._bad | ~good
+            self._good = good if self._good is None else self._good | good
+            self._noted += 1
         if self.every_n_train_iters(runner, self.interval) or self.is_last_train_iter(runner):
             self.look(runner)
 
@@ -192,22 +197,34 @@ class FiniteLossHook(Hook):
         self.look(runner)
 
     def look(self, runner: Runner) -> None:
-        """Raise if a loss since the last look was no number."""
+        """Raise if a loss since the last look was no number, or in mixed precision all of them."""
         if isinstance(runner.optim_wrapper, AmpOptimWrapper):
-            scale = runner.optim_wrapper.loss_scaler.get_scale()
-            if scale < LEAST_SCALE:
-                raise DivergedError(
-                    f'the loss scale of mixed precision has fallen to {scale:.3g} before step '
-                    f'{runner.iter + 1}, because the gradients of step after step were infinite or '
-                    'no numbers: the training has diverged; the checkpoints written before are in '
-                    f'{runner.work_dir}; use a lower learning rate, or no mixed precision'
-                )
+            self._look_at_mixed_precision(runner)
+            return
         bad, self._bad = self._bad, None
         if bad is not None and bool(bad):
             raise DivergedError(
                 f'the loss became infinite or no number within the last {self.interval} steps '
                 f'before step {runner.iter + 1}: the training has diverged; the checkpoints '
                 f'written before are in {runner.work_dir}; use a lower learning rate'
+            )
+
+    def _look_at_mixed_precision(self, runner: Runner) -> None:
+        scale, why = runner.optim_wrapper.loss_scaler.get_scale(), None
+        if scale < LEAST_SCALE:
+            why = (
+                f'the loss scale of mixed precision has fallen to {scale:.3g}, because the '
+                'gradients of step after step were infinite or no numbers'
+            )
+        elif self._noted >= self.interval:
+            if self._good is not None and not bool(self._good):
+                why = f'no loss of the last {self._noted} steps was a finite number'
+            self._good, self._noted = None, 0
+        if why:
+            raise DivergedError(
+                f'{why}, before step {runner.iter + 1}: the training has diverged; the checkpoints '
+                f'written before are in {runner.work_dir}; use a lower learning rate, or no mixed '
+                'precision'
             )
 
 

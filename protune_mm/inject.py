@@ -107,7 +107,7 @@ def protune(
         if not isinstance(value, bool):
             raise TypeError(f'{name}={value!r} is neither True nor False')
     if not isinstance(base_checkpoint, str | None):
-        raise TypeError(f'base_checkpoint={base_checkpoint!r} is neither a path nor None')
+        raise TypeError(f'base_checkpoint={base_checkpoint!r} is neither a string nor None')
     lean_as = lean_options(lean) if keeps_lean_layers(policy) else None
     options = Options(stages, prompt_config(prompt), lean_as, policy, require_weights, affine)
     check_policy(policy)

@@ -76,7 +76,7 @@ def test_factory(backbone, message):
         (dict(prompt=['a']), r"prompt=\['a'\] is neither a name nor a dict"),
         (dict(require_weights='no'), "require_weights='no' is neither True nor False"),
         (dict(affine='yes'), "affine='yes' is neither True nor False"),
-        (dict(base_checkpoint=3), 'base_checkpoint=3 is neither a path nor None'),
+        (dict(base_checkpoint=3), 'base_checkpoint=3 is neither a string nor None'),
     ],
 )
 def test_options_of_another_type(backbone, message):

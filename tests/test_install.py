@@ -185,7 +185,15 @@ def test_an_environment_of_its_user_is_not_emptied(bash, tmp_path):
     assert '.venv is an environment without pip, or' in done.stderr
     assert 'not made by this script: remove it, or activate another' in done.stderr
     assert kept.exists()
-    # One of its own is made anew.
-    (tmp_path / '.venv' / '.protune_mm-base').touch()
-    done = bash('unset VIRTUAL_ENV; find_python() { echo false; }; choose_environment')
-    assert 'not made by this script' not in done.stderr
+    # One of its own is made anew, also after a kill before pip was there.
+    mark = tmp_path / '.venv' / '.made_by_protune_mm'
+    mark.touch()
+    done = bash(
+        'unset VIRTUAL_ENV; find_python() { echo stand_in; }\n'
+        'stand_in() { if [[ $2 == venv ]]; then echo "$@"; mkdir "$3/bin"; '
+        'ln -s "$(command -v python3)" "$3/bin/python"; fi; }\n'
+        'choose_environment'
+    )
+    assert f'-m venv {tmp_path}/.venv' in done.stdout, done.stderr
+    assert not kept.exists()
+    assert mark.exists()

@@ -258,6 +258,7 @@ def test_attacks_are_for_one_score_a_class_and_one_class_an_image(classifier):
     ('change', 'told'),
     [
         (lambda image: (image.float() - 120) / 55, '-2.182 to 2.4'),
+        (lambda image: image.float() - 120, '-120 to 13'),
         (lambda image: image.float() / 255, '0 to 0.99'),
     ],
 )
@@ -266,6 +267,17 @@ def test_attacks_are_on_pixels(classifier, change, told):
     batch['inputs'] = [change(image) for image in batch['inputs']]
     with pytest.raises(ValueError, match=f'pixels from 0 to 255; the test pipeline gives {told}'):
         robust_accuracy(classifier, [batch], 'fgsm', [0])
+
+
+def test_float_images_may_end_past_the_range(classifier):
+    """As a bicubic resize leaves them."""
+    batch = next(batches(classifier))
+    whole = robust_accuracy(classifier, [batch], 'fgsm', [0])
+    batch['inputs'] = [image.float() for image in batch['inputs']]
+    batch['inputs'][0][0, 0, :2] = torch.tensor([-20.0, 275.0])
+    assert robust_accuracy(classifier, [batch], 'fgsm', [0]) == whole
+    batch['inputs'] = [torch.zeros_like(image) for image in batch['inputs']]
+    robust_accuracy(classifier, [batch], 'fgsm', [0])
 
 
 class Fixed:

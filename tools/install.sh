@@ -51,7 +51,7 @@ prepare_environment() {
 }
 
 choose_environment() {
-    local base
+    local base made=$REPO/.venv/.made_by_protune_mm
     if [[ -n ${VIRTUAL_ENV:-} ]]; then
         PYTHON=$VIRTUAL_ENV/bin/python
         supported "$PYTHON" || fail \
@@ -64,7 +64,7 @@ choose_environment() {
         PYTHON=$REPO/.venv/bin/python
         if ! { [[ -x $PYTHON ]] && supported "$PYTHON" && "$PYTHON" -c 'import pip' 2>/dev/null; }; then
             # One of this script has a mark; another one is its user's, with all that is in it.
-            if [[ -e $REPO/.venv && ! -e $REPO/.venv/.protune_mm-base ]]; then
+            if [[ -n $(ls -A "$REPO/.venv" 2>/dev/null) && ! -e $made && ! -e $REPO/.venv/.protune_mm-base ]]; then
                 fail "$REPO/.venv is an environment without pip, or of another Python than CPython" \
                     '3.10, 3.11 or 3.12, and not made by this script: remove it, or activate another.'
             fi
@@ -74,7 +74,11 @@ choose_environment() {
                 "$base has no ensurepip, so it cannot make a virtual environment." \
                 'Debian: apt-get install python3-venv, then run this again.'
             say "Making $REPO/.venv with $base"
-            "$base" -m venv --clear "$REPO/.venv"
+            # What --clear does, but for the mark, so that one that is cut off is known, too.
+            mkdir -p "$REPO/.venv"
+            touch "$made"
+            find "$REPO/.venv" -mindepth 1 ! -path "$made" -delete
+            "$base" -m venv "$REPO/.venv"
         fi
     fi
     say "Environment: $("$PYTHON" -c 'import sys; print(sys.prefix)'), $("$PYTHON" --version)"

@@ -63,8 +63,9 @@ def main() -> None:
     if args.baseline and args.no_corruptions:
         parser.error('--baseline divides errors under corruption: leave --no-corruptions out')
     how = cfg.get('test_cfg') or {}
-    if how.get('type', 'TestLoop') not in ('TestLoop', TestLoop):
-        parser.error(f"test_cfg.type={how['type']}: this tool tests by mmengine's TestLoop alone")
+    kind = how.get('type', TestLoop)
+    if kind is not TestLoop and str(kind).rpartition('.')[2] != TestLoop.__name__:
+        parser.error(f"test_cfg.type={kind}: this tool tests by mmengine's TestLoop alone")
     about = about_test(args, cfg)
     cfg.load_from = args.checkpoint
     cfg.resume = False  # As in test.py.
