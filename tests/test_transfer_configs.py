@@ -116,22 +116,24 @@ def cub(root):
         jpg(root / 'images' / name)
 
 
-def cifar(root, folder, train, test, key):
+def cifar(root, folder, train, test, key, classes):
+    """Ten images of each class a file: every tenth validates."""
+    count = 10 * classes
     (root / folder).mkdir(parents=True)
     for name in (*train, *test):
         seed = abs(hash(name)) % 2**31
-        data = np.random.RandomState(seed).randint(0, 255, (40, 3072), dtype=np.uint8)
-        entry = {'data': data, key: [i % 2 for i in range(40)]}
+        data = np.random.RandomState(seed).randint(0, 255, (count, 3072), dtype=np.uint8)
+        entry = {'data': data, key: [i % classes for i in range(count)]}
         (root / folder / name).write_bytes(pickle.dumps(entry))
 
 
 def cifar10(root):
     batches = [f'data_batch_{i}' for i in range(1, 6)]
-    cifar(root, 'cifar-10-batches-py', batches, ['test_batch'], 'labels')
+    cifar(root, 'cifar-10-batches-py', batches, ['test_batch'], 'labels', 10)
 
 
 def cifar100(root):
-    cifar(root, 'cifar-100-python', ['train'], ['test'], 'fine_labels')
+    cifar(root, 'cifar-100-python', ['train'], ['test'], 'fine_labels', 100)
 
 
 def vtab1k(root):
@@ -178,7 +180,7 @@ def test_reads_its_layout_and_validates_on_no_test_image(name, tmp_path, monkeyp
         assert cfg.train_dataloader.dataset.ratio == int(name.partition('-lt')[2] or 100)
         assert cfg.test_evaluator[1].dataset == cfg.train_dataloader.dataset
         for part in (cfg.train_dataloader, cfg.test_evaluator[1]):
-            part.dataset.ratio = 2  # Two classes have no place between 1 and 100.
+            part.dataset.ratio = 2  # Few images have no place between 1 and 100.
     seen = {}
     with DefaultScope.overwrite_default_scope('mmpretrain'):
         for split in ('train', 'val', 'test'):
