@@ -132,7 +132,7 @@ def policies(cfg: Config) -> set[str]:
 
 def is_protuned(cfg: Config) -> bool:
     """Whether a config's model has a Pro-tuned backbone (any policy)."""
-    return any(_is_protuned(backbone['type']) for _, backbone in config_backbones(cfg))
+    return bool(policies(cfg))
 
 
 def resolve(cfg: Config) -> Config:

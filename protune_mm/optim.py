@@ -18,7 +18,7 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as ROOT
 from torch import nn
 from torch.optim import Optimizer
 
-from .registry import OPTIM_WRAPPER_CONSTRUCTORS, PARAM_SCHEDULERS
+from .registry import OPTIM_WRAPPER_CONSTRUCTORS, PARAM_SCHEDULERS, type_name
 from .tuned import tuned_parameters
 
 DEFAULT_CONSTRUCTOR = 'DefaultOptimWrapperConstructor'
@@ -220,16 +220,15 @@ def without_warmup(schedulers: Any) -> Any:
     if not isinstance(schedulers, dict | list | tuple):
         return schedulers
     each = [schedulers] if isinstance(schedulers, dict) else schedulers
-    kept = [one for one in each if not (isinstance(one, dict) and _is_warmup(one['type']))]
+    kept = [
+        one
+        for one in each
+        if not (isinstance(one, dict) and type_name(one) == PromptWarmup.__name__)
+    ]
     if len(kept) < len(each):
         print_log('PromptWarmup is left out: the policy trains no prompts', logger='current')
         return kept
     return schedulers
-
-
-def _is_warmup(kind: type | str) -> bool:
-    name = kind if isinstance(kind, str) else kind.__name__
-    return name.rpartition('.')[2] == PromptWarmup.__name__
 
 
 NOT_FACTORS = ('QuadraticWarmup', 'OneCycle', 'CosineRestart')

@@ -72,3 +72,9 @@ PARAM_SCHEDULERS = Registry(
 )
 PROMPTS = Registry('prompt', scope='protune_mm', locations=['protune_mm.prompts'])
 """Prompt types. A class here takes ``channels`` and ``zero_init`` besides its own options."""
+
+
+def type_name(config: dict) -> str:
+    """Last part of a config's type, a name or, in newer configs, a class; '' without one."""
+    kind = config.get('type', '')
+    return getattr(kind, '__name__', str(kind)).rpartition('.')[2]

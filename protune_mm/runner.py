@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .checkpoints import FillBaseHook, TunedCheckpointHook, note_origin
 from .config import is_protuned, policies, resolve
-from .datasets.subsets import check_rest
+from .datasets.rest import check_rest
 from .files import last_good_checkpoint, safe_hook, whole_file
 from .hooks import FiniteLossHook, FrozenGuardHook
 from .optim import check_warmup, without_warmup, wrap_constructor
@@ -51,7 +51,7 @@ class CarefulRunner:
 
         Raises:
             ValueError: images that validate would train, see
-                :func:`protune_mm.datasets.subsets.check_rest`.
+                :func:`protune_mm.datasets.rest.check_rest`.
         """
         check_rest(self.cfg.get('train_dataloader'), self.cfg.get('val_dataloader'))
         chosen = policies(self.cfg)

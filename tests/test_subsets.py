@@ -10,7 +10,8 @@ from mmengine.dataset import BaseDataset, ClassBalancedDataset, ConcatDataset, R
 from mmengine.registry import DATASETS, DefaultScope
 
 from protune_mm.datasets import FewLabels, LongTailed
-from protune_mm.datasets.subsets import check_rest, mask_labels
+from protune_mm.datasets.rest import check_rest
+from protune_mm.datasets.subsets import mask_labels
 from protune_mm.robustness import ClassMap, ShotAccuracy
 
 

@@ -24,6 +24,7 @@ from mmengine.runner import TestLoop
 from torch.utils.data import DataLoader
 
 from protune_mm import cli
+from protune_mm.registry import type_name
 from protune_mm.robustness import (
     ATTACKS,
     CORRUPTIONS,
@@ -63,9 +64,8 @@ def main() -> None:
     if args.baseline and args.no_corruptions:
         parser.error('--baseline divides errors under corruption: leave --no-corruptions out')
     how = cfg.get('test_cfg') or {}
-    kind = how.get('type', TestLoop)
-    if kind is not TestLoop and str(kind).rpartition('.')[2] != TestLoop.__name__:
-        parser.error(f"test_cfg.type={kind}: this tool tests by mmengine's TestLoop alone")
+    if 'type' in how and type_name(how) != TestLoop.__name__:
+        parser.error(f"test_cfg.type={how['type']}: this tool tests by mmengine's TestLoop alone")
     about = about_test(args, cfg)
     cfg.load_from = args.checkpoint
     cfg.resume = False  # As in test.py.

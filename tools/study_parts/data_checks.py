@@ -10,10 +10,11 @@ from mmengine.registry import DATASETS, TRANSFORMS, DefaultScope
 
 from protune_mm import load_config
 from protune_mm.config import library
+from protune_mm.registry import type_name
 from protune_mm.robustness import CORRUPTIONS, Corrupt, after_loading, attack_library, corrupted
 
 from .plan import Study
-from .run_config import config_of, evaluators_of, holder_of, type_name
+from .run_config import config_of, evaluators_of, holder_of
 from .runs import Run
 
 

@@ -12,6 +12,7 @@ from protune_mm import cli
 from protune_mm.config import config_backbones
 from protune_mm.datasets import MIXERS
 from protune_mm.optim import DEFAULT_CONSTRUCTOR
+from protune_mm.registry import type_name
 
 from .plan import Study
 from .runs import Run
@@ -20,12 +21,6 @@ from .runs import Run
 def steps_of(task: dict, run: Run) -> int:
     """Steps of a run: of the task; a small part of the data is not shown as often."""
     return task['steps'] if run.fraction >= 0.5 else task.get('few_steps', task['steps'])
-
-
-def type_name(config: dict) -> str:
-    """Last part of a config's type, which is a name or, in newer configs, a class."""
-    kind = config['type']
-    return getattr(kind, '__name__', str(kind)).rpartition('.')[2]
 
 
 def evaluators_of(cfg: Config, split: str) -> list[dict]:
