@@ -239,17 +239,6 @@ def test_bad_input(study, tmp_path, change, more, message):
         ('steps=3,', 'steps=3, lrs=[(1e-3,)],', "task 'small': lrs=[(0.001,)] is no grid of"),
         ('steps=3,', 'steps=3, lrs=[(1e-3, 0)],', "task 'small': lrs=[(0.001, 0)] is no grid of"),
         ('steps=3,', 'steps=3, lrs=[1e-3, (1e-3, 1)],', 'names one twice'),
-        (
-            'steps=3,',
-            'steps=3, lrs=[(1e-3, 0.5)], prompt_lr_mult=0.1,',
-            "a rate has x0.5 of the multiple in the backbone, and that of 'full' is left to the "
-            'config: tell it, by full_lr_mult of the task',
-        ),
-        (
-            'steps=3,',
-            'steps=3, lrs=[(1e-3, 0.5)], full_lr_mult=0.1,',
-            "that of 'lora' is left to the config: tell it, by prompt_lr_mult",
-        ),
         ('[1.0]', '[1.0, 1]', 'fractions=[1.0, 1] names one twice'),
         ('steps=3,', 'steps=3, full_lr_mult=0,', "task 'small': full_lr_mult=0 is no factor"),
         ('steps=3,', "steps=3, methods=['lorra'],", "task 'small': method 'lorra' is unknown"),
@@ -1076,6 +1065,38 @@ def test_a_rate_may_have_a_part_of_the_multiples(study, parts):
     assert (row['key'], row['lr'], row['lr_part']) == ('small lora 1 0.001x0.5 0', 1e-3, 0.5)
     done = run_tool('tools/study.py', file, '--run', 'small head-only 1 0.001x0.5 0', check=False)
     assert 'could have x0.5: leave that out' in done.stderr
+
+
+@pytest.mark.parametrize(
+    ('rules', 'multiples'),
+    [
+        ('None', dict(lora=1.0, full=1.0)),
+        (
+            'dict(prompt_lr_mult=0.3, custom_keys=dict(backbone=dict(lr_mult=0.2)))',
+            dict(lora=0.3, full=0.2),
+        ),
+    ],
+)
+def test_a_part_is_of_the_configs_multiples_where_a_task_has_none(study, parts, rules, multiples):
+    """And the settings of the other rates stay what they were without the pair."""
+    options = f"cfg_options={{'optim_wrapper.paramwise_cfg': {rules}}}"
+    before = parts['plan'].Study(str(study(**{'steps=3': f'steps=3, lrs=[1e-3], {options}'})))
+    settings = {run.key: before.setting(run) for run in before.runs()}
+    grid = f'steps=3, lrs=[1e-3, (1e-2, 0.1)], {options}'
+    plan = parts['plan'].Study(str(study(**{'steps=3': grid})))
+    for run in plan.runs():
+        cfg = parts['run_config'].config_of(plan, run, '')
+        model = MODELS.build(cfg.model)
+        wrapper = build_optim_wrapper(model, wrap_constructor(cfg.optim_wrapper))
+        rates = {
+            round(group['lr'] / run.lr, 6)
+            for group in wrapper.optimizer.param_groups
+            for parameter in group['params']
+            if any(parameter is p for p in model.backbone.parameters() if p.requires_grad)
+        }
+        assert rates == {round(multiples[run.method] * run.lr_part, 6)}, run.key
+        assert settings.get(run.key, plan.setting(run)) == plan.setting(run)
+    assert len({plan.setting(run) for run in plan.runs()}) == 4
 
 
 def test_a_part_has_the_digits_that_a_key_has(study, parts):

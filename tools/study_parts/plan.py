@@ -34,8 +34,8 @@ class Study:
     name), ``attacks`` with budgets in 255ths, on ``every`` such test image.
 
     ``lrs`` is the grid of base learning rates. A pair in it, ``(6e-2, 0.5)``, is a rate at which
-    the multiple of every method is halved, so that the head alone trains faster. Every method must
-    have one then, of the task or of its options; head-only has each rate once.
+    the multiple of every method is halved, so that the head alone trains faster: that of the task
+    or of its options, else that of the config. Head-only has each rate once.
 
     ``options`` (by backbone, then method, ``{}`` for a backbone without; of a task by method, over
     those) and ``variants`` (methods of this file) are what the line of the backbone gets, and
@@ -67,6 +67,7 @@ class Study:
         self.note = cfg.get('note', '')
         self.results_name = 'results.jsonl'
         self._configs: dict[str, str] = {}
+        self._multiples: dict[str, dict[str, float]] = {}
         check_study(self)
 
     def runs(self) -> list[Run]:
@@ -117,7 +118,7 @@ class Study:
             lr_part: what its multiple of the rate is multiplied by.
 
         Raises:
-            ValueError: a part is asked for, and neither the task nor the method has the multiple.
+            ValueError: a part is asked for, and the method trains nothing in the backbone.
         """
         found, plan = self._own_options(task, method), self.tasks[task]
         key = self._multiple(found)
@@ -131,13 +132,22 @@ class Study:
                     f'have x{lr_part:g}: leave that out'
                 )
             if key not in found:
-                raise ValueError(
-                    f'{where}: a rate has x{lr_part:g} of the multiple in the backbone, and that '
-                    f"of '{method}' is left to the config: tell it, by {key} of the task or of the "
-                    "method's options"
-                )
+                found[key] = self._config_multiples(task)[key]
             found[key] = round(found[key] * lr_part, 12)
         return found
+
+    def _config_multiples(self, task: str) -> dict[str, float]:
+        """The multiples that a task's config has, or leaves at one."""
+        if task not in self._multiples:
+            plan = self.tasks[task]
+            cfg = load_config(plan['config'], cfg_options=dict(plan.get('cfg_options', {})))
+            rules = cfg.get('optim_wrapper', {}).get('paramwise_cfg') or {}
+            backbone = (rules.get('custom_keys') or {}).get('backbone', {})
+            self._multiples[task] = dict(
+                prompt_lr_mult=rules.get('prompt_lr_mult', 1.0),
+                full_lr_mult=backbone.get('lr_mult', 1.0),
+            )
+        return self._multiples[task]
 
     def _own_options(self, task: str, method: str) -> dict:
         """Those of a method, without what a task says of all."""

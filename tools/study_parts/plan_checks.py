@@ -96,10 +96,10 @@ def _check_task(study: Study, name: str) -> None:
     for key in ('prompt_lr_mult', 'full_lr_mult'):
         if not task.get(key, 1) > 0:
             raise ValueError(f'{where}: {key}={task[key]} is no factor: use > 0')
-    _check_rates(study, where, name)
     _check_scenarios(where, task)
     if '::' not in task['config'] and not Path(task['config']).exists():
         raise ValueError(f'{where} has no config {task["config"]}')
+    _check_rates(study, where, name)  # It may read the config.
     if task.get('validate_on_rest') and (
         'long_tail' in task
         or any(metric.startswith(('coco/', 'lvis/')) for metric in task['metrics'])
