@@ -90,9 +90,9 @@ def measure(name: str, row: str, model: torch.nn.Module, forward: object) -> dic
 
 def table(rows: list[dict], args: argparse.Namespace) -> str:
     """The document."""
-    chosen = f' --peft {args.peft}' if args.peft else ''
+    given = f' --peft {args.peft}' if args.peft else ''
     if args.cases:
-        chosen += ' --cases ' + ' '.join(f'"{case}"' for case in args.cases)
+        given += ' --cases ' + ' '.join(f'"{case}"' for case in args.cases)
     text = [
         '# Memory that training keeps for backward',
         '',
@@ -106,7 +106,7 @@ def table(rows: list[dict], args: argparse.Namespace) -> str:
         'proposals: "full fine-tuning" and "stock frozen_stages" of it compare, with each other',
         'too, to about 6 % only.',
         '',
-        f'    python tools/benchmark/memory.py{chosen}',
+        f'    python tools/benchmark/memory.py{given}',
         '',
     ]
     for case in dict.fromkeys(row['case'] for row in rows):
