@@ -77,7 +77,7 @@ def candidates(backbone: nn.Module, told: Identity) -> tuple[list[dict], str]:
     """
     given = _explicit(backbone)
     if given:
-        return [dict(told.origin, checkpoint=given)], ''
+        return [_as_held(backbone, given, told.origin)], ''
     own, address = origin_of(backbone), told.origin.get('checkpoint', '')
     if backbone._protune.initializing:
         # What `init_cfg` names is the very file that is being loaded, and holds no base.
@@ -98,6 +98,30 @@ def _explicit(backbone: nn.Module) -> str | None:
     return os.environ.get(BASE) or backbone._protune.base_checkpoint
 
 
+def _as_held(backbone: nn.Module, address: str, origin: dict) -> dict:
+    """How a file that the user names holds a base: as the checkpoint's own, or in another form.
+
+    It may be of a whole model, whose backbone lies below ``backbone.``, or of a backbone alone,
+    where the checkpoint's own is the other.
+
+    Args:
+        backbone: the Pro-tuned backbone.
+        address: of the file.
+        origin: what the checkpoint says of its own.
+
+    Raises:
+        RuntimeError: the file cannot be read.
+    """
+    with _reading(backbone, address):
+        keys = _weights(address)
+    prefix = origin.get('prefix', '')
+    if prefix and any(key.startswith(prefix) for key in keys):
+        return dict(origin, checkpoint=address)
+    if any(key.startswith('backbone.') for key in keys):
+        return dict(checkpoint=address, prefix='backbone.', model=True)
+    return dict(checkpoint=address) if prefix else dict(origin, checkpoint=address)
+
+
 def _is_own(address: str) -> bool:
     return _own_files.get() and '://' not in address and Path(address).is_file()
 
@@ -115,17 +139,24 @@ def fetch(backbone: nn.Module, origin: dict) -> None:
     print_log(f'fetching the base from {origin["checkpoint"]}', logger='current')
     backbone._protune.fetching = origin['checkpoint']
     try:
-        if origin.get('model') or not hasattr(backbone, 'init_weights'):
-            _load_part(backbone, origin['checkpoint'], origin.get('prefix', ''))
-        else:
-            _initialize(backbone, origin)
-    except (OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
-        raise RuntimeError(
-            f'the base of {type(backbone).__name__} cannot be read from {origin["checkpoint"]}: '
-            f'{error}'
-        ) from error
+        with _reading(backbone, origin['checkpoint']):
+            if origin.get('model') or not hasattr(backbone, 'init_weights'):
+                _load_part(backbone, origin['checkpoint'], origin.get('prefix', ''))
+            else:
+                _initialize(backbone, origin)
     finally:
         backbone._protune.fetching = ''
+
+
+@contextmanager
+def _reading(backbone: nn.Module, address: str) -> Any:
+    """Name the file in whatever its reading raises."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
+        raise RuntimeError(
+            f'the base of {type(backbone).__name__} cannot be read from {address}: {error}'
+        ) from error
 
 
 def _initialize(backbone: nn.Module, origin: dict) -> None:
@@ -152,11 +183,16 @@ def _initialize(backbone: nn.Module, origin: dict) -> None:
 
 def _load_part(backbone: nn.Module, address: str, prefix: str) -> None:
     """Load what a file of a whole model holds of its backbone."""
-    loaded = CheckpointLoader.load_checkpoint(address, map_location='cpu', logger='current')
-    state = loaded.get('state_dict', loaded)
-    state = {key.removeprefix('module.'): value for key, value in state.items()}
+    state = _weights(address)
     part = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     load_state_dict(backbone, part, strict=False, logger='current')
+
+
+def _weights(address: str) -> dict:
+    """The weights in a file, as a single process names them."""
+    loaded = CheckpointLoader.load_checkpoint(address, map_location='cpu', logger='current')
+    state = loaded.get('state_dict', loaded)
+    return {key.removeprefix('module.'): value for key, value in state.items()}
 
 
 def provide(backbone: nn.Module, told: Identity) -> None:

@@ -144,6 +144,39 @@ class FillBaseHook(Hook):
 
 
 @HOOKS.register_module()
+class StockModelHook(Hook):
+    """Refuse a checkpoint of a Pro-tuned model that a stock one cannot use.
+
+    mmengine would drop its prompts, leave the backbone at random, and say so in a warning.
+    """
+
+    priority = 'HIGH'
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Look at it before it is loaded.
+
+        Raises:
+            ValueError: it has prompts, or nobody has given the model the weights that it lacks.
+        """
+        model, state = unwrapped(runner.model), checkpoint.get('state_dict')
+        if not isinstance(state, dict) or backbones(model):
+            return
+        end = f'{KEY}.fingerprint'
+        for key in [key for key in state if f'.{key}'.endswith(f'.{end}')]:
+            prefix = key.removesuffix(end)
+            told = Identity.pop(dict(state), prefix)
+            has_prompts = 'prompt.type' in told.options
+            lacks = any(k.startswith(prefix) and k not in state for k in model.state_dict())
+            if has_prompts or (lacks and not getattr(model, 'is_init', False)):
+                what = f'its {told.options["prompt.type"]}' if has_prompts else 'the frozen weights'
+                raise ValueError(
+                    f"the checkpoint is of a model whose '{prefix.rstrip('.')}' was Pro-tuned, and "
+                    f'this one is stock, so {what} would be left out: add --protune, or use the '
+                    'config that it was trained with'
+                )
+
+
+@HOOKS.register_module()
 class TunedCheckpointHook(Hook):
     """Keep frozen weights out of checkpoints, and say in them what they were tuned on.
 

@@ -15,6 +15,7 @@ from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from .checkpoints import FillBaseHook, StockModelHook
 from .config import config_backbones, is_protuned, library, load_config
 from .policies import POLICIES, check_policy
 from .runner import CarefulRunner
@@ -28,7 +29,11 @@ def add_common_arguments(parser: argparse.ArgumentParser, checkpoint: bool = Fal
     parser.add_argument('config', help='config file, or package::path, stock or Pro-tuned')
     if checkpoint:
         parser.add_argument('checkpoint', help='checkpoint file')
-    parser.add_argument('--work-dir', help='directory for logs, checkpoints and metrics')
+    parser.add_argument(
+        '--work-dir',
+        help='directory for logs, checkpoints and metrics; default: work_dirs/NAME OF CONFIG, with '
+        '-protune and the policy behind it where one of the next two is given',
+    )
     parser.add_argument('--protune', action='store_true', help='Pro-tune a stock config')
     parser.add_argument(
         '--policy',
@@ -61,10 +66,19 @@ def parse(parser: argparse.ArgumentParser) -> tuple[Config, argparse.Namespace]:
     if args.work_dir:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
-        name = args.config.partition('::')[2] or args.config
-        cfg.work_dir = str(Path('work_dirs') / Path(name).stem)
+        cfg.work_dir = str(Path('work_dirs') / default_folder(args))
     set_dataloader_defaults(cfg, args)
     return cfg, args
+
+
+def default_folder(args: argparse.Namespace) -> str:
+    """Name of the work folder of a config: a twin of it has one of its own.
+
+    Else a training of one would write over the checkpoints of the other.
+    """
+    name = Path(args.config.partition('::')[2] or args.config).stem
+    policy = args.policy if args.policy != 'prompts' else None
+    return '-'.join(filter(None, (name, 'protune' if args.protune else None, policy)))
 
 
 def read_config(
@@ -150,7 +164,10 @@ def name_runner(cfg: Config) -> None:
 def build_runner(cfg: Config) -> Runner:
     """Build the runner a config asks for, and ours where it asks for none and is Pro-tuned."""
     name_runner(cfg)
-    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    if not any(isinstance(hook, StockModelHook | FillBaseHook) for hook in runner.hooks):
+        runner.register_hook(StockModelHook())
+    return runner
 
 
 def _leave_group() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from mmengine.logging import print_log
 from torch import nn
 
-from .base_weights import wrong_base
+from .base_weights import origin_of, wrong_base
 from .identity import Identity
 from .prompted import PromptedBlock
 from .tuned import frozen_tensors, prompt_parameters, prompts, trained_modules, tuned_state
@@ -96,6 +96,8 @@ def after_load(module: nn.Module, incompatible: Any) -> None:
         keep = [key for key in incompatible.missing_keys if key not in frozen]
         incompatible.missing_keys[:] = keep
         missing -= frozen
+    elif _replaces_base(module, missing):
+        module._protune.origin = {'mixture': True}
     loads.note(dict(frozen_tensors(module)), missing, incompatible.unexpected_keys)
     if mine and missing.issuperset(mine):
         # With their buffers: statistics of a norm, or a first convolution that is not trained.
@@ -107,6 +109,22 @@ def after_load(module: nn.Module, incompatible: Any) -> None:
             'start',
             logger='current',
         )
+
+
+def _replaces_base(module: nn.Module, missing: set[str]) -> bool:
+    """Whether a load by other than `init_cfg` or a runner took the place of a base known by name.
+
+    Where the new weights came from nobody says, so a checkpoint has to hold them. A runner names
+    the file right after it was loaded.
+    """
+    state = module._protune
+    if state.initializing or state.fetching or not (state.origin or origin_of(module)):
+        return False
+    # PyTorch adds the counters of batch norms to a file without them.
+    return any(
+        tensor.is_floating_point() and f'{state.loads.prefix}{name}' not in missing
+        for name, tensor in frozen_tensors(module)
+    )
 
 
 def loads_pretrained(module: nn.Module) -> bool:

@@ -28,9 +28,9 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .checkpoints import FillBaseHook, TunedCheckpointHook, note_origin
+from .checkpoints import FillBaseHook, StockModelHook, TunedCheckpointHook, note_origin
 from .config import is_protuned, policies, resolve
-from .datasets.rest import check_rest
+from .datasets.rest import check_annotations, check_rest
 from .files import last_good_checkpoint, safe_hook, whole_file
 from .hooks import FiniteLossHook, FrozenGuardHook
 from .optim import check_warmup, without_warmup, wrap_constructor
@@ -39,6 +39,8 @@ from .resume import ExactResumeHook, PreemptionHook, unsignalled
 from .show import TuningReportHook
 from .tuned import backbones
 
+EVAL_NORMS = 'efficient_conv_bn_eval'
+"""mmengine's option that folds batch norms in evaluation mode into the convolution before them."""
 LOCK = '.training'
 """Name of the file in a work folder that a running training holds locked."""
 
@@ -50,10 +52,12 @@ class CarefulRunner:
         """Train; nobody else writes to the work folder, and signals are given back at the end.
 
         Raises:
-            ValueError: images that validate would train, see
-                :func:`protune_mm.datasets.rest.check_rest`.
+            ValueError: images that validate would train, or images that are not shown would count
+                as missed, see :mod:`protune_mm.datasets.rest`.
         """
-        check_rest(self.cfg.get('train_dataloader'), self.cfg.get('val_dataloader'))
+        loader = self.cfg.get('val_dataloader')
+        check_rest(self.cfg.get('train_dataloader'), loader)
+        check_annotations(loader, self.cfg.get('val_evaluator'))
         chosen = policies(self.cfg)
         if chosen and chosen <= {'head-only', 'full'}:  # Twins of a config that warms prompts up.
             self.param_schedulers = without_warmup(self.param_schedulers)
@@ -194,29 +198,37 @@ class ProTuneRunner(CarefulRunner, Runner):
         return built
 
     def train(self) -> nn.Module:
-        """Train; ``activation_checkpointing`` of the config is done without reentrant autograd.
+        """Train, with two options of the config as a frozen backbone needs them.
 
-        mmengine's own is reentrant: a region whose input needs no gradient, a frozen stem and a
-        prompt, say, would get none, with only a warning.
+        ``activation_checkpointing`` is done without reentrant autograd. mmengine's own is
+        reentrant: a region whose input needs no gradient, a frozen stem and a prompt, say, would
+        get none, with only a warning. ``efficient_conv_bn_eval`` leaves frozen backbones out: it
+        traces a module, and lean layers have folded their norms already.
         """
-        names = self.cfg.get('activation_checkpointing', None)
-        if names is None:
-            return super().train()
         model = self.model.module if is_model_wrapper(self.model) else self.model
-        for name in [names] if isinstance(names, str) else names:
+        given = {key: self.cfg.get(key, None) for key in ('activation_checkpointing', EVAL_NORMS)}
+        given = {key: value for key, value in given.items() if value is not None}
+        names = {key: [v] if isinstance(v, str) else [*v] for key, v in given.items()}
+        for name in names.get('activation_checkpointing', ()):
             checkpoint_activations(model.get_submodule(name))
-        self.cfg.activation_checkpointing = None
+        frozen = tuple(f'{name}.' for name in backbones(model))
+        left = [n for n in names.get(EVAL_NORMS, ()) if not f'{n}.'.startswith(frozen)]
+        if len(left) < len(names.get(EVAL_NORMS, ())):
+            self.logger.info(f'{EVAL_NORMS} leaves the frozen backbone out; lean folds its norms')
+        for key in given:
+            self.cfg[key] = left or None if key == EVAL_NORMS else None
         try:
             return super().train()
         finally:
-            self.cfg.activation_checkpointing = names
+            for key, value in given.items():
+                self.cfg[key] = value
 
     def own_hooks(self) -> list[type[Hook]]:
         """Hooks of ours that a training has."""
         hooks = [ExactResumeHook, PreemptionHook, FiniteLossHook, TuningReportHook]
         if backbones(self.model):
-            hooks += [FrozenGuardHook, FillBaseHook, TunedCheckpointHook]
-        return hooks
+            return [*hooks, FrozenGuardHook, FillBaseHook, TunedCheckpointHook]
+        return [*hooks, StockModelHook]
 
     @staticmethod
     def build_dataloader(*args: Any, **kwargs: Any) -> Any:

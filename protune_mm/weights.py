@@ -129,7 +129,8 @@ class LoadRecord:
             )
         return (
             f'{kind} is frozen, but no weights were loaded into it: give init_cfg='
-            "dict(type='Pretrained', checkpoint=...), load_from=... or a checkpoint"
+            "dict(type='Pretrained', checkpoint=...), load_from=... or a checkpoint; a backbone "
+            'that loads them in its constructor says so by self._is_init = True there'
         )
 
 

@@ -442,3 +442,55 @@ def test_tables_that_follow_from_the_image_are_no_part_of_the_base():
     after = dict(_guarded_tensors(one))
     assert len(before) > 10
     assert all(after[name] is tensor for name, tensor in before.items())
+
+
+@pytest.mark.parametrize('prefix', ['backbone.', ''])
+@pytest.mark.parametrize('recorded', ['backbone.', ''])
+def test_a_file_that_the_user_names_may_be_of_a_whole_model_or_not(
+    base, tmp_path, monkeypatch, recorded, prefix
+):
+    weights = torch.load(base, weights_only=True)
+
+    def held(name, prefix):
+        path = tmp_path / name
+        torch.save(dict(state_dict={prefix + k: v for k, v in weights.items()}), path)
+        return str(path)
+
+    init = dict(type='Pretrained', checkpoint=held('recorded.pth', recorded))
+    backbone = resnet(init_cfg=dict(init, prefix=recorded) if recorded else init)
+    backbone.init_weights()
+    trained(backbone)
+    path = tmp_path / 'tuned.pth'
+    torch.save(dict(state_dict=tuned_state_dict(backbone)), path)
+    monkeypatch.setenv(BASE, held('given.pth', prefix))
+    other = resnet()
+    load_checkpoint(other, str(path))
+    assert same(other, backbone(image()))
+
+
+def test_weights_that_took_the_place_of_the_base_stay_in_the_file(base, tmp_path, monkeypatch):
+    """A hook or a model of the user's has loaded them: `init_cfg` no longer says where from."""
+    backbone = resnet(init_cfg=dict(type='Pretrained', checkpoint=str(base)))
+    backbone.init_weights()
+    assert not frozen_keys(backbone) & tuned_state_dict(backbone).keys()
+    torch.manual_seed(7)
+    domain = MODELS.build(dict(type='mmdet.ResNet', depth=18)).state_dict()
+    backbone.load_state_dict(domain, strict=False)
+    trained(backbone)
+    state = tuned_state_dict(backbone)
+    assert frozen_keys(backbone) <= state.keys()
+    path = tmp_path / 'tuned.pth'
+    torch.save(dict(state_dict=state), path)
+    other = resnet(init_cfg=dict(type='Pretrained', checkpoint=str(base)))
+    other.init_weights()
+    load_checkpoint(other, str(path))
+    assert same(other, backbone(image()))
+
+
+def test_a_head_that_is_loaded_leaves_the_base_what_it_was(base):
+    backbone = resnet(init_cfg=dict(type='Pretrained', checkpoint=str(base)))
+    backbone.init_weights()
+    model = nn.ModuleDict(dict(backbone=backbone, head=nn.Linear(2, 2)))
+    head = {key: value for key, value in model.state_dict().items() if 'head' in key}
+    model.load_state_dict(head, strict=False)
+    assert not frozen_keys(model) & tuned_state_dict(model).keys()

@@ -10,7 +10,7 @@ from mmengine.dataset import BaseDataset, ClassBalancedDataset, ConcatDataset, R
 from mmengine.registry import DATASETS, DefaultScope
 
 from protune_mm.datasets import FewLabels, LongTailed
-from protune_mm.datasets.rest import check_rest
+from protune_mm.datasets.rest import check_annotations, check_rest
 from protune_mm.datasets.subsets import mask_labels
 from protune_mm.robustness import ClassMap, ShotAccuracy
 
@@ -329,3 +329,43 @@ def test_the_rest_of_another_part_is_refused(train, val, apart):
         return
     with pytest.raises(ValueError, match='of the same data set, so that images are in both'):
         check_rest(train, val)
+
+
+@pytest.mark.parametrize(
+    ('part', 'evaluator', 'fits'),
+    [
+        (dict(fraction=0.9, rest=True), dict(type='CocoMetric', ann_file='all.json'), False),
+        (dict(fraction=0.9), [dict(type='CocoMetric', ann_file='all.json')], False),
+        (dict(fraction=0.9), dict(metrics=[dict(type='CocoMetric', ann_file='a.json')]), False),
+        (dict(fraction=0.9), dict(type='CocoMetric', ann_file=None), True),
+        (dict(fraction=1), dict(type='CocoMetric', ann_file='all.json'), True),
+        (dict(), dict(type='CocoMetric', ann_file='all.json'), True),
+        (dict(fraction=0.9), dict(type='Accuracy'), True),
+        (dict(fraction=0.9), None, True),
+    ],
+)
+def test_a_metric_that_counts_images_left_out_is_refused(part, evaluator, fits):
+    val = loader('Val', around='ConcatDataset' if evaluator is None else None, **part)
+    check_annotations(None, evaluator)
+    if fits:
+        check_annotations(val, evaluator)
+        return
+    with pytest.raises(ValueError, match=r'CocoMetric counts all of .*ann_file=None'):
+        check_annotations(val, evaluator)
+
+
+def test_hooks_find_in_a_part_what_a_data_set_has():
+    """Of MMDetection one switches the pipeline, of MMPretrain two read classes and labels."""
+    inner = [BaseDataset(lazy_init=True), BaseDataset(lazy_init=True)]
+    for data in inner:
+        data.data_list = [dict(gt_label=label, sample_idx=label) for label in (0, 1, 1, 0)]
+        data._fully_initialized, data.serialize_data = True, False
+        data._metainfo = dict(classes=('rose', 'tulip'))
+        data.pipeline = len
+    few = FewLabels(FewLabels(ConcatDataset(inner), 0.5), 1.0)
+    assert few.CLASSES == ('rose', 'tulip')
+    assert sorted(few.get_gt_labels().tolist()) == [0, 0, 1, 1]
+    assert few.pipeline is len
+    few.pipeline = switched = lambda info: info['gt_label'] + 10
+    assert [data.pipeline for data in inner] == [switched] * 2
+    assert shown(few) == [label + 10 for label in few.get_gt_labels()]

@@ -1,5 +1,6 @@
 """The tools, ours and the stock ones of the three libraries, run as a user runs them."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -9,8 +10,11 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from mmengine.registry import MODELS
+from torch import nn
 
-from protune_mm import cli, tta
+from protune_mm import cli, load_config, tta
+from protune_mm.checkpoints import StockModelHook, tuned_state_dict
 from tests.conftest import ROOT, STOCK_TOOLS, run_tool
 from tests.small_runs import QUICK, SHAPES, data
 
@@ -319,3 +323,71 @@ def test_the_copy_that_sbatch_makes_says_how_to_submit(tmp_path):
     assert done.returncode == 2
     assert 'Submit one that calls tools/slurm_train.sh' in done.stderr
     assert not done.stdout
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'folder'),
+    [
+        ([], 'resnet18_8xb32_in1k'),
+        (['--protune'], 'resnet18_8xb32_in1k-protune'),
+        (['--protune', '--policy', 'prompts'], 'resnet18_8xb32_in1k-protune'),
+        (['--protune', '--policy', 'head-only'], 'resnet18_8xb32_in1k-protune-head-only'),
+        (['--protune', '--work-dir', 'mine'], 'mine'),
+    ],
+)
+def test_twins_of_a_config_have_work_folders_of_their_own(monkeypatch, arguments, folder):
+    """Else a training of one writes over the checkpoints of the other."""
+    monkeypatch.setattr(
+        'sys.argv', ['train.py', 'mmpretrain::resnet/resnet18_8xb32_in1k.py', *arguments]
+    )
+    parser = argparse.ArgumentParser()
+    cli.add_common_arguments(parser)
+    cfg, _ = cli.parse(parser)
+    assert Path(cfg.work_dir).name == folder
+
+
+def test_tasks_of_vtab_have_work_folders_of_their_own(monkeypatch):
+    folders = set()
+    for task in ('dtd', 'cifar'):
+        monkeypatch.setenv('VTAB_TASK', task)
+        folders.add(load_config('configs/transfer/resnet50_protune_vtab1k.py').work_dir)
+    assert len(folders) == 2
+
+
+def test_a_stock_model_refuses_a_tuned_checkpoint(trained_cls, tmp_path):
+    """mmengine loads what it can of it, and scores a backbone at random."""
+    config, _ = trained_cls
+    run_tool('tools/train.py', config, '--work-dir', tmp_path)
+    cfg = load_config(str(config))
+    cfg.model.backbone = dict(type='ResNet', depth=18)
+    stock = tmp_path / 'stock.py'
+    cfg.dump(str(stock))
+    for path, *more in ((config, '--policy', 'full'), (stock,)):
+        done = run_tool(
+            'tools/test.py', path, tmp_path / 'epoch_1.pth', '--work-dir', tmp_path, *more,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert "error: the checkpoint is of a model whose 'backbone' was Pro-tuned" in done.stderr
+        assert 'ProTuningBlock would be left out: add --protune' in done.stderr
+
+
+@pytest.mark.parametrize(
+    ('policy', 'ready', 'message'),
+    [
+        ('prompts', True, 'its ProTuningBlock would be left out'),
+        ('head-only', False, 'the frozen weights would be left out'),
+        ('head-only', True, None),  # A head that goes on with its backbone trained.
+    ],
+)
+def test_a_stock_model_takes_what_it_can_use(policy, ready, message):
+    protuned = dict(type='protune_mm.ProTuned', base='mmdet.ResNet', depth=18, policy=policy)
+    state = tuned_state_dict(nn.ModuleDict(dict(backbone=MODELS.build(protuned))))
+    stock = nn.ModuleDict(dict(backbone=MODELS.build(dict(type='mmdet.ResNet', depth=18))))
+    stock.is_init = ready
+    runner = Mock(model=stock)
+    if message is None:
+        StockModelHook().after_load_checkpoint(runner, dict(state_dict=state))
+        return
+    with pytest.raises(ValueError, match=message):
+        StockModelHook().after_load_checkpoint(runner, dict(state_dict=state))

@@ -17,6 +17,7 @@ import hashlib
 from pathlib import Path
 
 import torch
+from mmengine.config import Config, DictAction
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner.checkpoint import _load_checkpoint, _load_checkpoint_to_model
 from stock_configs.backbones import difference
@@ -27,6 +28,7 @@ from protune_mm import cli
 from protune_mm.checkpoints import identities, tuned_state_dict
 from protune_mm.config import is_protuned, library
 from protune_mm.files import whole_file
+from protune_mm.policies import POLICIES
 from protune_mm.tuned import backbones, frozen_keys, frozen_tensors
 
 TOLERANCE = 1e-3
@@ -46,6 +48,8 @@ def main() -> None:
         '--shape', type=int, nargs=2, metavar=('H', 'W'), help='onnx: pixels; default: 224 224'
     )
     parser.add_argument('--protune', action='store_true', help='Pro-tune a stock config')
+    parser.add_argument('--policy', metavar='|'.join(POLICIES), help='as in train.py')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='as in train.py')
     args = parser.parse_args()
     if args.what == 'onnx' and (args.half or args.publish):
         parser.error('--half and --publish are for checkpoints, not for onnx')
@@ -54,7 +58,8 @@ def main() -> None:
     out = Path(args.out)
     if not out.parent.is_dir():
         parser.error(f'{out.parent} is no folder')
-    model, meta, cfg = load(args.config, args.checkpoint, args.protune)
+    chosen = args.protune, args.policy, args.cfg_options
+    model, meta, cfg = load(args.config, args.checkpoint, *chosen)
     if args.what == 'onnx':
         worst = to_onnx(model, cfg, out, tuple(args.shape or (224, 224)), args.backbone)
         print(f'{out}: {size(out)}, differs from PyTorch by {worst:.1e} of the largest output')
@@ -65,7 +70,13 @@ def main() -> None:
     print(f'{path}: {size(path)}')
 
 
-def load(config: str, checkpoint: str, protune: bool = False) -> tuple:
+def load(
+    config: str,
+    checkpoint: str,
+    protune: bool = False,
+    policy: str | None = None,
+    options: dict | None = None,
+) -> tuple[nn.Module, dict, Config]:
     """The model of a config with the weights of a checkpoint, the file's meta, and the config.
 
     Raises:
@@ -73,7 +84,7 @@ def load(config: str, checkpoint: str, protune: bool = False) -> tuple:
             of a frozen backbone.
         RuntimeError: the base is not the one of the checkpoint.
     """
-    cfg = cli.read_config(config, protune)
+    cfg = cli.read_config(config, protune, policy, options)
     if not is_protuned(cfg):
         raise ValueError(f'{config} is not Pro-tuned; add --protune')
     init_default_scope(cfg.get('default_scope', 'mmengine'))

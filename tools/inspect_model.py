@@ -16,6 +16,7 @@ from protune_mm.config import library
 from protune_mm.policies import POLICIES
 from protune_mm.probe import PROBE_SIZE, probe_outputs
 from protune_mm.report import parameter_counts, parameter_line, prompt_rows
+from protune_mm.stages.family import image_size
 from protune_mm.tuned import backbones
 
 
@@ -47,7 +48,7 @@ def main() -> None:
             '--protune Pro-tunes it'
         )
     for name, backbone in backbones(model).items():
-        size = tuple(args.shape or getattr(backbone, 'img_size', PROBE_SIZE))
+        size = tuple(args.shape or image_size(backbone) or PROBE_SIZE)
         rows = prompt_rows(backbone)
         try:
             outputs = probe_outputs(backbone, [row['block'] for row in rows], size)

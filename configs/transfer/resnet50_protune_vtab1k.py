@@ -36,3 +36,5 @@ test_dataloader = dict(dataset=dict(ann_file='test.txt', **images))
 val_evaluator = dict(topk=(1,))
 test_evaluator = dict(topk=(1,))
 train_cfg = dict(max_epochs=100)
+# Each task has its own.
+work_dir = f'work_dirs/resnet50_protune_vtab1k/{task}'

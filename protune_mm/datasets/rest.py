@@ -1,9 +1,9 @@
-"""Whether a config trains on images that are to validate."""
+"""Whether a config trains on images that are to validate, or scores others than it shows."""
 
 from __future__ import annotations
 
 from ..registry import type_name
-from .subsets import FewLabels
+from .subsets import FewLabels, LongTailed
 
 
 def check_rest(train: dict | None, val: dict | None) -> None:
@@ -29,6 +29,41 @@ def check_rest(train: dict | None, val: dict | None) -> None:
             f'{other["seed"]} of the same data set, so that images are in both: give both one '
             'seed, and the rest a fraction that is as large'
         )
+
+
+def check_annotations(loader: dict | None, evaluator: dict | list | None) -> None:
+    """Refuse a metric that reads more images from its file than are shown.
+
+    MMDetection's ``CocoMetric`` counts every image of its ``ann_file`` that it was not shown as
+    missed.
+
+    Args:
+        loader: config of the dataloader that validates.
+        evaluator: of its metrics.
+
+    Raises:
+        ValueError: the data set is a part of one, and a metric has an ``ann_file``.
+    """
+    if not loader or not _shows_part(loader.get('dataset')):
+        return
+    # One metric, a list of them, or an evaluator around either.
+    found = evaluator.get('metrics', evaluator) if isinstance(evaluator, dict) else evaluator
+    for metric in [found] if isinstance(found, dict) else found or ():
+        if metric.get('ann_file'):
+            raise ValueError(
+                f'val_dataloader shows a part of its images, and {type_name(metric)} counts all of '
+                f'{metric["ann_file"]}, those left out as missed: give it ann_file=None, and '
+                "PackDetInputs of the pipeline 'instances' among its meta_keys"
+            )
+
+
+def _shows_part(dataset: object) -> bool:
+    if not isinstance(dataset, dict):
+        return False
+    whole = type_name(dataset) == FewLabels.__name__ and dataset.get('fraction') == 1
+    if type_name(dataset) in (FewLabels.__name__, LongTailed.__name__) and not whole:
+        return True
+    return any(map(_shows_part, dataset.get('datasets') or [dataset.get('dataset')]))
 
 
 def _part_of(dataset: object) -> dict | None:

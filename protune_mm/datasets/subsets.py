@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import mmcv
@@ -41,6 +42,26 @@ class Subset:
     def metainfo(self) -> dict:
         """A copy of the data set's own; of several joined by MMDetection, of the first."""
         return copy.deepcopy(one_metainfo(self.dataset))
+
+    @property
+    def CLASSES(self) -> tuple[str, ...] | None:  # noqa: N802
+        """Names of the classes, as hooks of MMPretrain ask for them."""
+        return self.metainfo.get('classes')
+
+    @property
+    def pipeline(self) -> Any:
+        """The transforms; where a hook switches them in training, of all data sets inside."""
+        return next(_innermost(self.dataset)).pipeline
+
+    @pipeline.setter
+    def pipeline(self, pipeline: Any) -> None:
+        for dataset in _innermost(self.dataset):
+            dataset.pipeline = pipeline
+
+    def get_gt_labels(self) -> np.ndarray:
+        """The label of each image that is shown, for a classifier's hooks."""
+        self.full_init()
+        return np.array([self.get_data_info(i)['gt_label'] for i in range(len(self))])
 
     def full_init(self) -> None:
         """Read the data set and choose the images."""
@@ -262,6 +283,16 @@ def located(dataset: object, index: int) -> tuple[object, int]:
     if hasattr(dataset, '_get_ori_dataset_idx'):  # KFoldDataset of MMPretrain.
         return located(dataset.dataset, dataset._get_ori_dataset_idx(index))
     return dataset, index
+
+
+def _innermost(dataset: object) -> Iterator[object]:
+    """The data sets that read images, within the wrappers of a :class:`Subset`."""
+    inner = getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]
+    if inner == [None]:
+        yield dataset
+        return
+    for each in inner:
+        yield from _innermost(each)
 
 
 def without_mixers(dataset: object) -> object:
