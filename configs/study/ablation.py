@@ -161,7 +161,7 @@ tasks['flowers5-scale'] = dict(
     methods=['full', *scales],
 )
 two = [f'inside-hidden10-principal-scale{scale}' for scale in (0.32, 0.75)]
-tasks['long-tail-scale'] = dict(_base_.tasks['flowers5-long-tailed'], methods=two)
+tasks['long-tail-scale'] = dict(_base_.tasks['flowers5-long-tailed'], lrs=_base_.lrs, methods=two)
 # These came before the head of ViT-S had a rate of its own.
 one_rate = dict(_base_.tasks['flowers5-vit'], lrs=[3e-4, 1e-3, 3e-3], methods=vit)
 del one_rate['full_lr_mult'], one_rate['options']
@@ -258,9 +258,10 @@ tasks['fruit-more-validation'] = dict(
         'test_dataloader.dataset.indices': list(range(0, 60, 20)),
     },
 )
-# The study's own task as it was before, its gradients cut to the norm of 10 of its config; the study has
-# 1. Its lines have test scores, which no table shows here.
+# The study's own tasks as they were before, their gradients cut to the norm of 10 of their configs; the
+# study has 1. Their lines have test scores, which no table shows here.
 tasks['fruit-max-norm10'] = dict(_base_.fruit, fractions=[1.0, 0.25], methods=_base_.methods)
+tasks['bccd-max-norm10'] = dict(_base_.bccd, methods=_base_.methods)
 # The `pro-tuning` of this one is the same without it.
 tasks['fruit-warmup'] = dict(
     fruit, fractions=[0.25, 1.0], lrs=[1e-3, 2e-3], methods=['inside-fixed-warmup']

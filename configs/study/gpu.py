@@ -49,11 +49,11 @@ segment = dict(dense, scenarios=half, lrs=[1e-3, 3e-3, 1e-2], prompt_lr_mult=0.3
 tasks = {
     'flowers5-robust': dict(classify, lrs=[3e-4, 1e-3, 3e-3, 1e-2]),
     'flowers5': dict(classify, lrs=[3e-4, 1e-3, 3e-3, 1e-2]),
-    'flowers5-long-tailed': dict(classify),
+    'flowers5-long-tailed': dict(classify, lrs=_base_.lrs),
     'camvid': dict(segment, fractions=[1.0, 0.2], options=in_camvid),
     'camvid-longer': dict(options=in_camvid),
     'fruit': detect,
-    'flowers5-vit': dict(classify, fractions=[0.05, 0.2, 1.0]),
+    'flowers5-vit': dict(classify, lrs=_base_.lrs, fractions=[0.05, 0.2, 1.0]),
     'camvid-r18': dict(segment, fractions=[1.0, 0.2], options=dict(_delete_=True)),
     'bccd': dict(detect, fractions=[1.0, 0.25], lrs=[5e-4, 1e-3, 2e-3, 4e-3]),
     'camvid-instances': dict(dense),
