@@ -77,7 +77,7 @@ def candidates(backbone: nn.Module, told: Identity) -> tuple[list[dict], str]:
     """
     given = _explicit(backbone)
     if given:
-        return [_as_held(backbone, given, told.origin)], ''
+        return _forms(given, told.origin), ''
     own, address = origin_of(backbone), told.origin.get('checkpoint', '')
     if backbone._protune.initializing:
         # What `init_cfg` names is the very file that is being loaded, and holds no base.
@@ -98,28 +98,22 @@ def _explicit(backbone: nn.Module) -> str | None:
     return os.environ.get(BASE) or backbone._protune.base_checkpoint
 
 
-def _as_held(backbone: nn.Module, address: str, origin: dict) -> dict:
-    """How a file that the user names holds a base: as the checkpoint's own, or in another form.
+def _forms(address: str, origin: dict) -> list[dict]:
+    """How a file that the user names may hold a base: as the checkpoint's own, or in another form.
 
     It may be of a whole model, whose backbone lies below ``backbone.``, or of a backbone alone,
     where the checkpoint's own is the other.
 
     Args:
-        backbone: the Pro-tuned backbone.
         address: of the file.
         origin: what the checkpoint says of its own.
-
-    Raises:
-        RuntimeError: the file cannot be read.
     """
-    with _reading(backbone, address):
-        keys = _weights(address)
-    prefix = origin.get('prefix', '')
-    if prefix and any(key.startswith(prefix) for key in keys):
-        return dict(origin, checkpoint=address)
-    if any(key.startswith('backbone.') for key in keys):
-        return dict(checkpoint=address, prefix='backbone.', model=True)
-    return dict(checkpoint=address) if prefix else dict(origin, checkpoint=address)
+    recorded = dict(origin, checkpoint=address)
+    part = dict(checkpoint=address, model=True)
+    return [
+        recorded,
+        *(form for form in (dict(part, prefix='backbone.'), part) if form != recorded),
+    ]
 
 
 def _is_own(address: str) -> bool:
@@ -153,7 +147,7 @@ def _reading(backbone: nn.Module, address: str) -> Any:
     """Name the file in whatever its reading raises."""
     try:
         yield
-    except (OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
+    except (OSError, RuntimeError, ValueError, LookupError, AssertionError) as error:
         raise RuntimeError(
             f'the base of {type(backbone).__name__} cannot be read from {address}: {error}'
         ) from error
@@ -183,16 +177,13 @@ def _initialize(backbone: nn.Module, origin: dict) -> None:
 
 def _load_part(backbone: nn.Module, address: str, prefix: str) -> None:
     """Load what a file of a whole model holds of its backbone."""
-    state = _weights(address)
-    part = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    load_state_dict(backbone, part, strict=False, logger='current')
-
-
-def _weights(address: str) -> dict:
-    """The weights in a file, as a single process names them."""
     loaded = CheckpointLoader.load_checkpoint(address, map_location='cpu', logger='current')
     state = loaded.get('state_dict', loaded)
-    return {key.removeprefix('module.'): value for key, value in state.items()}
+    state = {key.removeprefix('module.'): value for key, value in state.items()}
+    part = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    if part.keys().isdisjoint(backbone.state_dict()):
+        raise ValueError(f"it has none of the backbone's weights below '{prefix}'")
+    load_state_dict(backbone, part, strict=False, logger='current')
 
 
 def provide(backbone: nn.Module, told: Identity) -> None:
@@ -227,12 +218,19 @@ def provide(backbone: nn.Module, told: Identity) -> None:
             f'{type(backbone).__name__} has no weights yet.{refused} Name the base in the config, '
             f'backbone=dict(base_checkpoint=...), or in {BASE}'
         )
+    failed, read = None, False
     for origin in found:
-        fetch(backbone, origin)
-        state.origin = origin
+        try:
+            fetch(backbone, origin)
+        except RuntimeError as error:
+            failed = failed or error
+            continue
+        state.origin, read = origin, True
         if backbone.protune_fingerprint() == told.fingerprint:
             return
-    raise RuntimeError(wrong_base(backbone, told) + refused)
+    if not read:
+        raise failed
+    raise RuntimeError(wrong_base(backbone, told) + refused) from failed
 
 
 def wrong_base(backbone: nn.Module, told: Identity) -> str:

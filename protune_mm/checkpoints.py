@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .base_weights import origin_of, own_files, provide, whole_address
 from .identity import KEY, Identity
-from .loading import check_tuned
+from .loading import check_tuned, loads_pretrained
 from .registry import HOOKS
 from .tuned import backbones, frozen_keys, frozen_tensors, is_teacher, unwrapped
 from .weights import LoadRecord
@@ -167,13 +167,20 @@ class StockModelHook(Hook):
             told = Identity.pop(dict(state), prefix)
             has_prompts = 'prompt.type' in told.options
             lacks = any(k.startswith(prefix) and k not in state for k in model.state_dict())
-            if has_prompts or (lacks and not getattr(model, 'is_init', False)):
+            if has_prompts or (lacks and not _has_loaded(model, prefix)):
                 what = f'its {told.options["prompt.type"]}' if has_prompts else 'the frozen weights'
                 raise ValueError(
                     f"the checkpoint is of a model whose '{prefix.rstrip('.')}' was Pro-tuned, and "
                     f'this one is stock, so {what} would be left out: add --protune, or use the '
                     'config that it was trained with'
                 )
+
+
+def _has_loaded(model: nn.Module, prefix: str) -> bool:
+    """Whether the initialization of a model has loaded a checkpoint into a part of it."""
+    path = prefix.rstrip('.')
+    held = [model, *(module for name, module in model.named_modules() if name == path)]
+    return getattr(model, 'is_init', False) and any(map(loads_pretrained, held))
 
 
 @HOOKS.register_module()
@@ -233,7 +240,8 @@ class TunedCheckpointHook(Hook):
             self._told = True
             runner.logger.warning(
                 'the weights of a frozen backbone could not be fetched again (they came from no '
-                'file or only in part, or follow those of another): checkpoints hold them, too'
+                'file or only in part, were loaded by neither init_cfg nor the runner, or follow '
+                'those of another): checkpoints hold them, too'
             )
         return keep
 

@@ -15,7 +15,7 @@ from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from .checkpoints import FillBaseHook, StockModelHook
+from .checkpoints import StockModelHook
 from .config import config_backbones, is_protuned, library, load_config
 from .policies import POLICIES, check_policy
 from .runner import CarefulRunner
@@ -31,8 +31,8 @@ def add_common_arguments(parser: argparse.ArgumentParser, checkpoint: bool = Fal
         parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument(
         '--work-dir',
-        help='directory for logs, checkpoints and metrics; default: work_dirs/NAME OF CONFIG, with '
-        '-protune and the policy behind it where one of the next two is given',
+        help="directory for logs, checkpoints and metrics; default: the config's own, else "
+        'work_dirs/NAME OF CONFIG, with -protune and the policy behind it where these are given',
     )
     parser.add_argument('--protune', action='store_true', help='Pro-tune a stock config')
     parser.add_argument(
@@ -63,22 +63,24 @@ def parse(parser: argparse.ArgumentParser) -> tuple[Config, argparse.Namespace]:
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = read_config(args.config, args.protune, args.policy, args.cfg_options)
     cfg.launcher = args.launcher
-    if args.work_dir:
-        cfg.work_dir = args.work_dir
-    elif cfg.get('work_dir') is None:
-        cfg.work_dir = str(Path('work_dirs') / default_folder(args))
+    cfg.work_dir = args.work_dir or default_folder(args, cfg.get('work_dir'))
     set_dataloader_defaults(cfg, args)
     return cfg, args
 
 
-def default_folder(args: argparse.Namespace) -> str:
-    """Name of the work folder of a config: a twin of it has one of its own.
+def default_folder(args: argparse.Namespace, named: str | None = None) -> str:
+    """The work folder of a config: a twin of it has one of its own.
 
     Else a training of one would write over the checkpoints of the other.
+
+    Args:
+        args: the arguments of a tool.
+        named: the folder that the config names. Default: ``work_dirs`` and the name of the config.
     """
     name = Path(args.config.partition('::')[2] or args.config).stem
     policy = args.policy if args.policy != 'prompts' else None
-    return '-'.join(filter(None, (name, 'protune' if args.protune else None, policy)))
+    parts = (named or str(Path('work_dirs') / name), 'protune' if args.protune else None, policy)
+    return '-'.join(filter(None, parts))
 
 
 def read_config(
@@ -165,7 +167,7 @@ def build_runner(cfg: Config) -> Runner:
     """Build the runner a config asks for, and ours where it asks for none and is Pro-tuned."""
     name_runner(cfg)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
-    if not any(isinstance(hook, StockModelHook | FillBaseHook) for hook in runner.hooks):
+    if not any(isinstance(hook, StockModelHook) for hook in runner.hooks):
         runner.register_hook(StockModelHook())
     return runner
 

@@ -19,6 +19,7 @@ from .loading import (
     check_tuned,
     check_weights,
     give_back,
+    known_base,
     loads_pretrained,
     without_prompts,
 )
@@ -164,6 +165,7 @@ class ProTunedBackbone:
             if any(prefix + key not in state_dict for key in frozen_keys(self)):
                 provide(self, told)
         self._protune.told = told
+        self._protune.before = '' if told else known_base(self)
         self._protune.loads.prefix = prefix
         # mmpretrain's Swin converts old checkpoints only if `self.__class__ is SwinTransformer`.
         cls = self.__class__

@@ -87,6 +87,7 @@ def after_load(module: nn.Module, incompatible: Any) -> None:
     # Some layers keep what they computed from their weights when they were last told the mode.
     module.train(any(trained.training for trained in trained_modules(module).values()))
     told, module._protune.told = module._protune.told, None
+    before, module._protune.before = module._protune.before, ''
     if told is not None:
         if module.protune_fingerprint() != told.fingerprint:
             raise RuntimeError(wrong_base(module, told))
@@ -96,7 +97,9 @@ def after_load(module: nn.Module, incompatible: Any) -> None:
         keep = [key for key in incompatible.missing_keys if key not in frozen]
         incompatible.missing_keys[:] = keep
         missing -= frozen
-    elif _replaces_base(module, missing):
+    elif before and before != module.protune_fingerprint():
+        # A model or a hook of the user's has loaded other weights, and nobody says from where, so
+        # a checkpoint has to hold them. A runner names the file right after it was loaded.
         module._protune.origin = {'mixture': True}
     loads.note(dict(frozen_tensors(module)), missing, incompatible.unexpected_keys)
     if mine and missing.issuperset(mine):
@@ -111,20 +114,17 @@ def after_load(module: nn.Module, incompatible: Any) -> None:
         )
 
 
-def _replaces_base(module: nn.Module, missing: set[str]) -> bool:
-    """Whether a load by other than `init_cfg` or a runner took the place of a base known by name.
+def known_base(module: nn.Module) -> str:
+    """Fingerprint of a base whose origin is known, before a load that may take its place.
 
-    Where the new weights came from nobody says, so a checkpoint has to hold them. A runner names
-    the file right after it was loaded.
+    Empty where it is not known, or where the load is that of the base itself.
     """
     state = module._protune
     if state.initializing or state.fetching or not (state.origin or origin_of(module)):
-        return False
-    # PyTorch adds the counters of batch norms to a file without them.
-    return any(
-        tensor.is_floating_point() and f'{state.loads.prefix}{name}' not in missing
-        for name, tensor in frozen_tensors(module)
-    )
+        return ''
+    if any(tensor.is_meta for _, tensor in frozen_tensors(module)):
+        return ''
+    return module.protune_fingerprint()
 
 
 def loads_pretrained(module: nn.Module) -> bool:

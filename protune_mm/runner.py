@@ -69,6 +69,16 @@ class CarefulRunner:
                     if isinstance(hook, PreemptionHook):
                         hook.unlisten()
 
+    def test(self) -> dict:
+        """Test.
+
+        Raises:
+            ValueError: images that are not shown would count as missed, see
+                :mod:`protune_mm.datasets.rest`.
+        """
+        check_annotations(self.cfg.get('test_dataloader'), self.cfg.get('test_evaluator'))
+        return super().test()
+
     def own_hooks(self) -> list[type[Hook]]:
         """Hooks that a training has, unless its config names them."""
         raise NotImplementedError
@@ -211,17 +221,30 @@ class ProTuneRunner(CarefulRunner, Runner):
         names = {key: [v] if isinstance(v, str) else [*v] for key, v in given.items()}
         for name in names.get('activation_checkpointing', ()):
             checkpoint_activations(model.get_submodule(name))
-        frozen = tuple(f'{name}.' for name in backbones(model))
-        left = [n for n in names.get(EVAL_NORMS, ()) if not f'{n}.'.startswith(frozen)]
+        frozen = [f'{name}.' for name in backbones(model)]
+        left = [
+            name
+            for name in names.get(EVAL_NORMS, ())
+            if not any(f'{name}.'.startswith(b) or b.startswith(f'{name}.') for b in frozen)
+        ]
         if len(left) < len(names.get(EVAL_NORMS, ())):
-            self.logger.info(f'{EVAL_NORMS} leaves the frozen backbone out; lean folds its norms')
+            self.logger.info(f'{EVAL_NORMS} leaves the frozen backbone out')
+        self._given = given
         for key in given:
             self.cfg[key] = left or None if key == EVAL_NORMS else None
         try:
             return super().train()
         finally:
-            for key, value in given.items():
-                self.cfg[key] = value
+            self._give_back()
+
+    def load_or_resume(self) -> None:
+        """Load or resume, after the two options have been followed: checkpoints hold the config."""
+        self._give_back()
+        super().load_or_resume()
+
+    def _give_back(self) -> None:
+        for key, value in self.__dict__.pop('_given', {}).items():
+            self.cfg[key] = value
 
     def own_hooks(self) -> list[type[Hook]]:
         """Hooks of ours that a training has."""

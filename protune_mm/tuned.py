@@ -55,6 +55,7 @@ class State:
         placed: what decides what its prompts compute, as checkpoints keep it.
         places: number of layers and blocks that carry a prompt.
         told: what the checkpoint that is being loaded says of its base.
+        before: fingerprint that its base has while other weights are being loaded.
         fingerprint: of its frozen weights, behind what it was computed for.
         mode: the mode that ``train`` has set last.
     """
@@ -73,6 +74,7 @@ class State:
     placed: dict = field(default_factory=dict)
     places: int = 0
     told: Identity | None = None
+    before: str = ''
     fingerprint: tuple = ()
     mode: bool = False
 

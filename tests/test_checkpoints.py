@@ -15,6 +15,7 @@ from protune_mm.base_weights import ALLOW, BASE, own_files
 from protune_mm.checkpoints import identities, note_origin, tuned_state_dict
 from protune_mm.hooks import _guarded_tensors
 from protune_mm.identity import KEY
+from protune_mm.stages import find_family
 from protune_mm.tuned import frozen_keys, frozen_tensors, tuned_parameters
 from tests.conftest import EVERY, EXAMPLES, build_protuned, build_stock, flat, image
 
@@ -485,6 +486,37 @@ def test_weights_that_took_the_place_of_the_base_stay_in_the_file(base, tmp_path
     other.init_weights()
     load_checkpoint(other, str(path))
     assert same(other, backbone(image()))
+
+
+def test_the_same_weights_again_are_the_base_still(base):
+    """As when the best state of an early stop is put back."""
+    backbone = resnet(init_cfg=dict(type='Pretrained', checkpoint=str(base)))
+    backbone.init_weights()
+    best = {key: tensor.clone() for key, tensor in backbone.state_dict().items()}
+    backbone.load_state_dict(best)
+    load_checkpoint(backbone, str(base))
+    assert not frozen_keys(backbone) & tuned_state_dict(backbone).keys()
+
+
+@pytest.mark.parametrize('recorded', [True, False])
+def test_a_swin_takes_the_file_of_its_model_or_of_itself(tmp_path, monkeypatch, recorded):
+    """Its own initialization reads keys of a whole model alone."""
+    family = find_family(MODELS.get('mmdet.SwinTransformer'))
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        torch.manual_seed(0)
+        weights = build_stock('mmdet', family).state_dict()
+        whole, own = tmp_path / 'whole.pth', tmp_path / 'own.pth'
+        torch.save(dict(state_dict={f'backbone.{k}': v for k, v in weights.items()}), whole)
+        torch.save(dict(state_dict=weights), own)
+        init = ConfigDict(type='Pretrained', checkpoint=str(whole))
+        backbone = build_protuned('mmdet', family, init_cfg=init)
+        backbone.init_weights()
+        path = tmp_path / 'tuned.pth'
+        torch.save(dict(state_dict=tuned_state_dict(trained(backbone))), path)
+        monkeypatch.setenv(BASE, str(whole if recorded else own))
+        other = build_protuned('mmdet', family)
+        load_checkpoint(other, str(path))
+    assert same(other, flat(backbone(image())))
 
 
 def test_a_head_that_is_loaded_leaves_the_base_what_it_was(base):

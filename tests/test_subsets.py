@@ -341,6 +341,8 @@ def test_the_rest_of_another_part_is_refused(train, val, apart):
         (dict(fraction=1), dict(type='CocoMetric', ann_file='all.json'), True),
         (dict(), dict(type='CocoMetric', ann_file='all.json'), True),
         (dict(fraction=0.9), dict(type='Accuracy'), True),
+        (dict(fraction=0.9), dict(type='COCOCaption', ann_file='all.json'), True),
+        (dict(fraction=0.9), [object()], True),
         (dict(fraction=0.9), None, True),
     ],
 )

@@ -333,6 +333,7 @@ def test_the_copy_that_sbatch_makes_says_how_to_submit(tmp_path):
         (['--protune', '--policy', 'prompts'], 'resnet18_8xb32_in1k-protune'),
         (['--protune', '--policy', 'head-only'], 'resnet18_8xb32_in1k-protune-head-only'),
         (['--protune', '--work-dir', 'mine'], 'mine'),
+        (['--cfg-options', 'work_dir=own', '--protune', '--policy', 'full'], 'own-protune-full'),
     ],
 )
 def test_twins_of_a_config_have_work_folders_of_their_own(monkeypatch, arguments, folder):
@@ -373,18 +374,19 @@ def test_a_stock_model_refuses_a_tuned_checkpoint(trained_cls, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ('policy', 'ready', 'message'),
+    ('policy', 'given', 'message'),
     [
-        ('prompts', True, 'its ProTuningBlock would be left out'),
-        ('head-only', False, 'the frozen weights would be left out'),
-        ('head-only', True, None),  # A head that goes on with its backbone trained.
+        ('prompts', 'base.pth', 'its ProTuningBlock would be left out'),
+        ('head-only', None, 'the frozen weights would be left out'),
+        ('head-only', 'base.pth', None),  # A head that goes on with its backbone trained.
     ],
 )
-def test_a_stock_model_takes_what_it_can_use(policy, ready, message):
+def test_a_stock_model_takes_what_it_can_use(policy, given, message):
     protuned = dict(type='protune_mm.ProTuned', base='mmdet.ResNet', depth=18, policy=policy)
     state = tuned_state_dict(nn.ModuleDict(dict(backbone=MODELS.build(protuned))))
     stock = nn.ModuleDict(dict(backbone=MODELS.build(dict(type='mmdet.ResNet', depth=18))))
-    stock.is_init = ready
+    stock.is_init = True
+    stock.backbone.init_cfg = dict(type='Pretrained', checkpoint=given) if given else []
     runner = Mock(model=stock)
     if message is None:
         StockModelHook().after_load_checkpoint(runner, dict(state_dict=state))

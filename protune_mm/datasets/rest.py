@@ -5,6 +5,9 @@ from __future__ import annotations
 from ..registry import type_name
 from .subsets import FewLabels, LongTailed
 
+WHOLE_FILE = ('CocoMetric', 'LVISMetric', 'CocoOccludedSeparatedMetric')
+"""Metrics that score all images of their annotation file, shown or not."""
+
 
 def check_rest(train: dict | None, val: dict | None) -> None:
     """Refuse to train on what validates, where one split is to be the rest of the other.
@@ -38,7 +41,7 @@ def check_annotations(loader: dict | None, evaluator: dict | list | None) -> Non
     missed.
 
     Args:
-        loader: config of the dataloader that validates.
+        loader: config of a dataloader that validates or tests.
         evaluator: of its metrics.
 
     Raises:
@@ -49,9 +52,9 @@ def check_annotations(loader: dict | None, evaluator: dict | list | None) -> Non
     # One metric, a list of them, or an evaluator around either.
     found = evaluator.get('metrics', evaluator) if isinstance(evaluator, dict) else evaluator
     for metric in [found] if isinstance(found, dict) else found or ():
-        if metric.get('ann_file'):
+        if isinstance(metric, dict) and metric.get('ann_file') and type_name(metric) in WHOLE_FILE:
             raise ValueError(
-                f'val_dataloader shows a part of its images, and {type_name(metric)} counts all of '
+                f'the data set shows a part of its images, and {type_name(metric)} counts all of '
                 f'{metric["ann_file"]}, those left out as missed: give it ann_file=None, and '
                 "PackDetInputs of the pipeline 'instances' among its meta_keys"
             )

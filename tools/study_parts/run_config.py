@@ -89,7 +89,7 @@ def with_backbone_rate(cfg: Config, rules: dict, lr_mult: float) -> dict:
     if why:
         raise ValueError(
             f'full_lr_mult={lr_mult:g}: {why}: write the multiple into the config, and leave '
-            'full_lr_mult out'
+            'full_lr_mult, and pairs in lrs, out'
         )
     keys['backbone'] = {**keys.get('backbone', {}), 'lr_mult': lr_mult}
     return keys
