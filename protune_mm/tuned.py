@@ -253,4 +253,8 @@ def whole_name(name: str) -> str:
 
 def _stamp(tensors: Iterable[tuple[str, Tensor]]) -> list[tuple]:
     """What changes when one of some tensors does."""
-    return [(name, id(t), t.data_ptr(), t._version, t.dtype) for name, t in tensors]
+    return [
+        # In inference mode nobody counts changes, so each look is a new one.
+        (name, id(t), t.data_ptr(), object() if t.is_inference() else t._version, t.dtype)
+        for name, t in tensors
+    ]
