@@ -150,6 +150,7 @@ tasks = {
         backbone='ViT-S',
         fractions=[0.2],
         few_steps=100,
+        lrs=[*lrs, 3e-2],
         # A multiple of its patches of 14 pixels.
         cfg_options={
             **flowers5['cfg_options'],
