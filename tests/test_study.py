@@ -70,6 +70,18 @@ def run(file, out, *more, check=True):
     return run_tool('tools/study.py', file, '--out', out, '--jobs', 1, *more, check=check)
 
 
+def rates_in_backbone(cfg, lr):
+    """What the optimizer makes of it: the rates of what trains in the backbone, as parts of one."""
+    model = MODELS.build(cfg.model)
+    wrapper = build_optim_wrapper(model, wrap_constructor(cfg.optim_wrapper))
+    return {
+        round(group['lr'] / lr, 6)
+        for group in wrapper.optimizer.param_groups
+        for parameter in group['params']
+        if any(parameter is p for p in model.backbone.parameters() if p.requires_grad)
+    }
+
+
 def read(out):
     return [json.loads(line) for line in (out / 'results.jsonl').read_text().splitlines()]
 
@@ -959,16 +971,8 @@ def test_a_multiplier_of_a_task_is_for_what_trains_in_the_backbone(study, parts)
     other = parts['plan'].Study(
         str(study(methods, **more, **{'steps=3': f'{own}, cfg_options={{{rules}}}'}))
     )
-    for run in other.runs():  # What the optimizer makes of it.
-        cfg = parts['run_config'].config_of(other, run, '')
-        model = MODELS.build(cfg.model)
-        wrapper = build_optim_wrapper(model, wrap_constructor(cfg.optim_wrapper))
-        rates = {
-            round(group['lr'] / run.lr, 6)
-            for group in wrapper.optimizer.param_groups
-            for parameter in group['params']
-            if any(parameter is p for p in model.backbone.parameters() if p.requires_grad)
-        }
+    for run in other.runs():
+        rates = rates_in_backbone(parts['run_config'].config_of(other, run, ''), run.lr)
         assert rates == {dict(full=0.01, mine=0.3).get(run.method, 0.1)}, run.method
 
 
@@ -1085,15 +1089,7 @@ def test_a_part_is_of_the_configs_multiples_where_a_task_has_none(study, parts, 
     grid = f'steps=3, lrs=[1e-3, (1e-2, 0.1)], {options}'
     plan = parts['plan'].Study(str(study(**{'steps=3': grid})))
     for run in plan.runs():
-        cfg = parts['run_config'].config_of(plan, run, '')
-        model = MODELS.build(cfg.model)
-        wrapper = build_optim_wrapper(model, wrap_constructor(cfg.optim_wrapper))
-        rates = {
-            round(group['lr'] / run.lr, 6)
-            for group in wrapper.optimizer.param_groups
-            for parameter in group['params']
-            if any(parameter is p for p in model.backbone.parameters() if p.requires_grad)
-        }
+        rates = rates_in_backbone(parts['run_config'].config_of(plan, run, ''), run.lr)
         assert rates == {round(multiples[run.method] * run.lr_part, 6)}, run.key
         assert settings.get(run.key, plan.setting(run)) == plan.setting(run)
     assert len({plan.setting(run) for run in plan.runs()}) == 4
