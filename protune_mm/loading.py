@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from mmengine.logging import print_log
@@ -99,7 +100,7 @@ def after_load(module: nn.Module, incompatible: Any) -> None:
         missing -= frozen
     elif before and before != module.protune_fingerprint():
         # A model or a hook of the user's has loaded other weights, and nobody says from where, so
-        # a checkpoint has to hold them. A runner names the file right after it was loaded.
+        # a checkpoint has to hold them.
         module._protune.origin = {'mixture': True}
     loads.note(dict(frozen_tensors(module)), missing, incompatible.unexpected_keys)
     if mine and missing.issuperset(mine):
@@ -114,13 +115,32 @@ def after_load(module: nn.Module, incompatible: Any) -> None:
         )
 
 
+_told: ContextVar[bool] = ContextVar('protune_mm_origin_told', default=False)
+
+
+@contextmanager
+def origin_told() -> Iterator[None]:
+    """A load whose caller tells, after it, where the weights came from: a runner's."""
+    token = _told.set(True)
+    try:
+        yield
+    finally:
+        _told.reset(token)
+
+
 def known_base(module: nn.Module) -> str:
     """Fingerprint of a base whose origin is known, before a load that may take its place.
 
-    Empty where it is not known, or where the load is that of the base itself.
+    Empty where it is not known, where the load is that of the base itself, or where its caller
+    tells what it is of. Under FSDP, whose loads are a runner's, there are parts of weights only.
     """
     state = module._protune
-    if state.initializing or state.fetching or not (state.origin or origin_of(module)):
+    if (
+        _told.get()
+        or state.initializing
+        or state.fetching
+        or not (state.origin or origin_of(module))
+    ):
         return ''
     if any(tensor.is_meta for _, tensor in frozen_tensors(module)):
         return ''

@@ -33,6 +33,7 @@ from .config import is_protuned, policies, resolve
 from .datasets.rest import check_annotations, check_rest
 from .files import last_good_checkpoint, safe_hook, whole_file
 from .hooks import FiniteLossHook, FrozenGuardHook
+from .loading import origin_told
 from .optim import check_warmup, without_warmup, wrap_constructor
 from .registry import RUNNERS
 from .resume import ExactResumeHook, PreemptionHook, unsignalled
@@ -260,7 +261,8 @@ class ProTuneRunner(CarefulRunner, Runner):
 
     def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> dict:
         """Load a checkpoint, and note that the base came from it if it did."""
-        checkpoint = super().load_checkpoint(filename, *args, **kwargs)
+        with origin_told():
+            checkpoint = super().load_checkpoint(filename, *args, **kwargs)
         note_origin(self.model, checkpoint, filename)
         return checkpoint
 

@@ -31,7 +31,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP  # noqa: N81
 
 from .checkpoints import note_origin
 from .identity import KEY, fingerprint, identifying
-from .loading import check_weights
+from .loading import check_weights, origin_told
 from .optim import check_warmup, wrap_constructor
 from .prompted import PromptedBlock
 from .prompts.convs import fixed_layers
@@ -248,7 +248,7 @@ class ProTuneFSDPStrategy(FSDPStrategy):
             if strict:
                 raise RuntimeError(told)
             self.logger.warning(told)
-        with _state_dict_warnings():
+        with _state_dict_warnings(), origin_told():
             self.model.load_state_dict(state, strict=False)
 
 
