@@ -131,16 +131,15 @@ def origin_told() -> Iterator[None]:
 def known_base(module: nn.Module) -> str:
     """Fingerprint of a base whose origin is known, before a load that may take its place.
 
-    Empty where it is not known, where the load is that of the base itself, or where its caller
-    tells what it is of. Under FSDP, whose loads are a runner's, there are parts of weights only.
+    Empty where it is not known, where the load is the first, or that of the base itself, or where
+    its caller tells what it is of. Under FSDP, whose loads are a runner's, there are parts of
+    weights only.
     """
     state = module._protune
-    if (
-        _told.get()
-        or state.initializing
-        or state.fetching
-        or not (state.origin or origin_of(module))
-    ):
+    if _told.get() or state.initializing or state.fetching:
+        return ''
+    first = not (state.loads.names or state.loads.given)  # Perhaps of what `init_cfg` names.
+    if first or not (state.origin or origin_of(module)):
         return ''
     if any(tensor.is_meta for _, tensor in frozen_tensors(module)):
         return ''
