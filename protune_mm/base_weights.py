@@ -110,10 +110,8 @@ def _forms(address: str, origin: dict) -> list[dict]:
     """
     recorded = dict(origin, checkpoint=address)
     part = dict(checkpoint=address, model=True)
-    return [
-        recorded,
-        *(form for form in (dict(part, prefix='backbone.'), part) if form != recorded),
-    ]
+    forms = [recorded, dict(part, prefix='backbone.'), part]
+    return [form for i, form in enumerate(forms) if form not in forms[:i]]
 
 
 def _is_own(address: str) -> bool:
@@ -133,24 +131,17 @@ def fetch(backbone: nn.Module, origin: dict) -> None:
     print_log(f'fetching the base from {origin["checkpoint"]}', logger='current')
     backbone._protune.fetching = origin['checkpoint']
     try:
-        with _reading(backbone, origin['checkpoint']):
-            if origin.get('model') or not hasattr(backbone, 'init_weights'):
-                _load_part(backbone, origin['checkpoint'], origin.get('prefix', ''))
-            else:
-                _initialize(backbone, origin)
-    finally:
-        backbone._protune.fetching = ''
-
-
-@contextmanager
-def _reading(backbone: nn.Module, address: str) -> Any:
-    """Name the file in whatever its reading raises."""
-    try:
-        yield
+        if origin.get('model') or not hasattr(backbone, 'init_weights'):
+            _load_part(backbone, origin['checkpoint'], origin.get('prefix', ''))
+        else:
+            _initialize(backbone, origin)
     except (OSError, RuntimeError, ValueError, LookupError, AssertionError) as error:
         raise RuntimeError(
-            f'the base of {type(backbone).__name__} cannot be read from {address}: {error}'
+            f'the base of {type(backbone).__name__} cannot be read from {origin["checkpoint"]}: '
+            f'{error}'
         ) from error
+    finally:
+        backbone._protune.fetching = ''
 
 
 def _initialize(backbone: nn.Module, origin: dict) -> None:

@@ -34,6 +34,14 @@ def check_rest(train: dict | None, val: dict | None) -> None:
         )
 
 
+def metrics_of(evaluator: dict | list | None) -> list:
+    """The metrics of a split, from one, a list of them, or an evaluator around either."""
+    found = evaluator.get('metrics', evaluator) if isinstance(evaluator, dict) else evaluator
+    if isinstance(found, (list, tuple)):
+        return list(found)
+    return [] if found is None else [found]
+
+
 def check_annotations(loader: dict | None, evaluator: dict | list | None) -> None:
     """Refuse a metric that reads more images from its file than are shown.
 
@@ -49,9 +57,7 @@ def check_annotations(loader: dict | None, evaluator: dict | list | None) -> Non
     """
     if not loader or not _shows_part(loader.get('dataset')):
         return
-    # One metric, a list of them, or an evaluator around either.
-    found = evaluator.get('metrics', evaluator) if isinstance(evaluator, dict) else evaluator
-    for metric in [found] if isinstance(found, dict) else found or ():
+    for metric in metrics_of(evaluator):
         if isinstance(metric, dict) and metric.get('ann_file') and type_name(metric) in WHOLE_FILE:
             raise ValueError(
                 f'the data set shows a part of its images, and {type_name(metric)} counts all of '

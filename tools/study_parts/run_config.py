@@ -11,6 +11,7 @@ import protune_mm
 from protune_mm import cli
 from protune_mm.config import config_backbones
 from protune_mm.datasets import MIXERS
+from protune_mm.datasets.rest import metrics_of
 from protune_mm.optim import DEFAULT_CONSTRUCTOR
 from protune_mm.registry import type_name
 
@@ -25,10 +26,7 @@ def steps_of(task: dict, run: Run) -> int:
 
 def evaluators_of(cfg: Config, split: str) -> list[dict]:
     """The metrics of a split: its evaluator may be one, a list, or an evaluator around several."""
-    found = cfg[f'{split}_evaluator']
-    if not isinstance(found, (list, tuple)):
-        found = found.get('metrics', [found])
-    return list(found) if isinstance(found, (list, tuple)) else [found]
+    return metrics_of(cfg[f'{split}_evaluator'])
 
 
 def shows_part(dataset: dict) -> bool:
