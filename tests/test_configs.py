@@ -58,9 +58,8 @@ def test_only_the_model_and_the_runner_differ_from_stock(path):
     cfg = protune_mm.load_config(path).to_dict()
     from mmengine.config import Config
 
-    base = next(
-        line.split("'")[1] for line in (ROOT / path).read_text().splitlines() if '_base_' in line
-    )
+    lines = (ROOT / path).read_text().splitlines()
+    base = next(line.split("'")[1] for line in lines if line.startswith('_base_ ='))
     expected = Config.fromstring(f'_base_ = [{base!r}]', '.py').to_dict()
     for key, value in expected.items():
         if key != 'model':
