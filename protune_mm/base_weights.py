@@ -31,8 +31,11 @@ ZOO = (
     'mmcls://',
     'https://download.openmmlab.com/',
     'https://download.pytorch.org/',
+    'https://github.com/SwinTransformer/storage/releases/download/',
+    'https://github.com/whai362/PVT/releases/download/',
 )
-"""Addresses that are followed without asking: the model zoos of PyTorch and OpenMMLab."""
+"""Addresses that are followed without asking: the model zoos of PyTorch and OpenMMLab, and the
+releases that MMDetection's configs of Swin and PVT read."""
 
 _own_files: ContextVar[bool] = ContextVar('protune_mm_own_files', default=False)
 

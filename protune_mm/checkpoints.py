@@ -133,14 +133,14 @@ class FillBaseHook(Hook):
             if told is None:
                 continue
             check_tuned(backbone, told, state, prefix)
-            if all(prefix + key in state for key in frozen_keys(backbone)):
-                continue
-            with own_files(runner._resume):
-                provide(backbone, told)
-        if any(f'.{KEY}.' in f'.{key}' for key in state):
-            add_frozen(model, state)
+            if any(prefix + key not in state for key in frozen_keys(backbone)):
+                with own_files(runner._resume):
+                    provide(backbone, told)
+            # Of no other backbone: a model that renames keys while it loads, as MMDetection's
+            # semi-supervised ones do, goes by those that are there.
+            add_frozen(backbone, state, prefix)
             if 'ema_state_dict' in checkpoint:
-                add_frozen(model, checkpoint['ema_state_dict'], 'module.')
+                add_frozen(backbone, checkpoint['ema_state_dict'], f'module.{prefix}')
 
 
 @HOOKS.register_module()
@@ -330,3 +330,6 @@ def note_origin(model: nn.Module, checkpoint: dict, address: str) -> None:
                 # With what was there before, from another file or at random, it is of no one file.
                 origin['mixture'] = True
             backbone._protune.origin = origin
+        elif loads.untold:
+            # The model has renamed keys, so nobody could find them in the file again.
+            backbone._protune.origin = {'mixture': True}

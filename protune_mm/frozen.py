@@ -47,6 +47,8 @@ class ProTunedBackbone:
         if not self._protune.loads.checked:
             check_places(self)
             check_weights(self)
+        elif not torch.compiler.is_compiling():
+            _check_carriers(self)
         if '_protune_pairs' in self.__dict__ and '_protune_linked' not in self.__dict__:
             link(self)
         state = self._protune
@@ -138,7 +140,8 @@ class ProTunedBackbone:
                     super().init_weights()
             finally:
                 self._protune.initializing = before
-            self._protune.loads.forget_redrawn(dict(frozen_tensors(self)))
+        # Rules of a model around it have been here before, too.
+        self._protune.loads.forget_redrawn(dict(frozen_tensors(self)))
         if not self._protune.initialized:
             starting = prompts(self).values()
             # The neck and head of a seed start as without prompts, on a GPU as well.
@@ -249,7 +252,28 @@ def freeze(
     for parameter in _trained_parameters(module):
         parameter.requires_grad_(parameter.is_floating_point())
     module.train(mode)
+    if weights_given:
+        module._protune.loads.watch(dict(frozen_tensors(module)))
     module.register_load_state_dict_post_hook(after_load)
+
+
+def _check_carriers(module: nn.Module) -> None:
+    """Look whether the layers with prompts are where they were, at the cost of a few look-ups.
+
+    Raises:
+        RuntimeError: one of them was replaced, see :func:`check_places`.
+    """
+    state = module._protune
+    if state.carriers is None:
+        state.carriers = [
+            (parent, name, child)
+            for parent in module.modules()
+            for name, child in parent.named_children()
+            if isinstance(child, PromptedBlock)
+        ]
+    if any(parent._modules.get(name) is not child for parent, name, child in state.carriers):
+        check_places(module)  # What is wrapped now, as FSDP does, is still there.
+        state.carriers = None
 
 
 def check_places(module: nn.Module) -> None:

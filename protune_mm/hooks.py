@@ -38,8 +38,8 @@ class FrozenGuardHook(Hook):
     validation: modes and version counters again, which costs nothing. After training: every
     digest again, over every bit. In every checkpoint the frozen tensors are the model's own: an
     EMA that computes ``a * (1 - m) + b * m`` drifts by rounding even where a equals b. Where
-    MeanTeacherHook of mmdet averages prompts with ``fixed_down=True``, the teacher gets what the
-    student's first batch has set.
+    MeanTeacherHook of mmdet averages prompts whose start follows from a batch, the teacher gets it
+    from its student.
     """
 
     # After EMAHook, which swaps its averages into checkpoints.
@@ -50,6 +50,7 @@ class FrozenGuardHook(Hook):
         self._versions: dict[str, int] = {}
         self._without_gradient: set[str] = set()
         self._handles: list = []
+        self._given: set[str] | None = None  # Prompts whose start the teacher has; None: of all.
 
     def before_train(self, runner: Runner) -> None:
         """Check the start, take the digests and log the parameter line."""
@@ -57,7 +58,11 @@ class FrozenGuardHook(Hook):
         for backbone in backbones(model).values():
             if not backbone._protune.loads.checked:
                 check_weights(backbone)
-        _give_to_teacher(model, runner.hooks)
+        if has_mean_teacher(runner.hooks):
+            for backbone in backbones(model.teacher).values():
+                backbone._protune.follows = True
+            self._given = set()
+            _give_to_teacher(model, self._given)
         self._check_modes(model)
         for name, tensor in _guarded_tensors(model):
             if tensor.requires_grad:
@@ -86,6 +91,8 @@ class FrozenGuardHook(Hook):
 
     def after_train_iter(self, runner: Runner, *args: object, **kwargs: object) -> None:
         """After the first iteration, every prompt parameter must have had a gradient."""
+        if self._given is not None and not _give_to_teacher(unwrapped(runner.model), self._given):
+            self._given = None
         if not self._handles:
             return
         self._unwatch()
@@ -98,7 +105,6 @@ class FrozenGuardHook(Hook):
                 'block; name other stages with stages=[...], or checkpoint with with_cp=True'
             )
         self._check_modes(unwrapped(runner.model))
-        _give_to_teacher(unwrapped(runner.model), runner.hooks)
 
     def after_train(self, runner: Runner) -> None:
         """Compare every bit of every frozen tensor with the start."""
@@ -236,19 +242,30 @@ def has_mean_teacher(hooks: list[Hook]) -> bool:
     return any(hasattr(hook, 'skip_buffers') for hook in hooks)
 
 
-def _give_to_teacher(model: nn.Module, hooks: list[Hook]) -> None:
-    """Give what the student's first batch has set, and no step changes, to its mean teacher.
+def _give_to_teacher(model: nn.Module, given: set[str]) -> bool:
+    """Give what a batch of the student has set to its mean teacher.
 
-    MeanTeacherHook skips buffers, or approaches them over thousands of steps. Prompts that are set
-    in the first step added nothing before it, so the teacher misses nothing.
+    MeanTeacherHook skips buffers, and approaches everything over thousands of steps. Prompts added
+    nothing before they were set, so the teacher misses nothing.
+
+    Args:
+        model: has a ``student`` and a ``teacher``.
+        given: names of the student's prompts whose start the teacher has already, added to here.
+
+    Returns:
+        bool: some prompt waits for a batch yet.
     """
-    if not has_mean_teacher(hooks):
-        return
-    followers = prompts(model.teacher)
+    followers, waits = prompts(model.teacher), False
     for name, prompt in prompts(model.student).items():
-        for key, layer in fixed_layers(prompt).items():
+        layers = dict(fixed_layers(prompt))
+        if getattr(prompt, 'started', False) and name not in given:
+            given.add(name)
+            layers['down'] = prompt.down
+        for key, layer in layers.items():
             if name in followers:
                 followers[name].get_submodule(key).load_state_dict(layer.state_dict())
+        waits = waits or getattr(prompt, 'waits', False)
+    return waits
 
 
 def _guarded_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

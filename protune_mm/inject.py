@@ -26,6 +26,7 @@ from .frozen import freeze
 from .lean import lean_options, make_lean
 from .norms import make_local
 from .policies import blocks_of, check_policy, keeps_lean_layers, parameters_of
+from .probe import blocks_checkpointed
 from .prompt_config import chooses_width, own_options, prompt_class, prompt_config
 from .prompted import PromptedBlock
 from .sites import affine_sites, choose_sites, stage_table
@@ -132,6 +133,13 @@ def protune(
         raise ValueError(f"submodule '{inner}' is Pro-tuned already: Pro-tune one level only")
     if policy == 'full':
         return module
+    again = blocks_checkpointed(module)
+    if again and policy != 'head-only':
+        raise ValueError(
+            f'{type(module).__name__} with {again}=True computes whole blocks again in backward, '
+            f'and what trains in them would get no gradient: use {again}=False; frozen layers keep '
+            'little for backward'
+        )
     sites = choose_sites(module, options) if policy == 'prompts' else []
     if affine and policy == 'prompts':
         taken = {site.block for site in sites}

@@ -102,7 +102,8 @@ def after_load(module: nn.Module, incompatible: Any) -> None:
         # A model or a hook of the user's has loaded other weights, and nobody says from where, so
         # a checkpoint has to hold them.
         module._protune.origin = {'mixture': True}
-    loads.note(dict(frozen_tensors(module)), missing, incompatible.unexpected_keys)
+    own = dict(frozen_tensors(module))
+    loads.note(own, missing, incompatible.unexpected_keys, untold=told is None)
     if mine and missing.issuperset(mine):
         # With their buffers: statistics of a norm, or a first convolution that is not trained.
         whose = tuple(f'{loads.prefix}{path}.' for path in prompts(module))

@@ -149,6 +149,19 @@ def with_checkpoints(module: nn.Module) -> list[nn.Module]:
     return [m for m in module.modules() if getattr(m, 'with_cp', False) is True]
 
 
+def blocks_checkpointed(module: nn.Module) -> str:
+    """The option by which a backbone computes whole blocks again, prompts included; '' if none.
+
+    TinyViT, MixMIM and RepLKNet call their blocks through a reentrant checkpoint, which gives
+    nothing inside a gradient where the input needs none. Others do so within a block, below its
+    prompt.
+    """
+    if any(getattr(m, 'use_checkpoint', False) is True for m in module.modules()):
+        return 'use_checkpoint'
+    replk = any(kind.__name__ == 'RepLKNet' for kind in type(module).__mro__)
+    return 'with_cp' if replk and with_checkpoints(module) else ''
+
+
 def run_on_ghost(
     module: nn.Module,
     size: tuple[int, int] = PROBE_SIZE,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import copy
 import fcntl
 import functools
@@ -35,6 +36,7 @@ from .files import last_good_checkpoint, safe_hook, whole_file
 from .hooks import FiniteLossHook, FrozenGuardHook
 from .loading import origin_told
 from .optim import check_warmup, without_warmup, wrap_constructor
+from .prompted import plain_maps
 from .registry import RUNNERS
 from .resume import ExactResumeHook, PreemptionHook, unsignalled
 from .show import TuningReportHook
@@ -336,6 +338,21 @@ def checkpoint_activations(module: nn.Module) -> None:
 
     @functools.wraps(forward)
     def checkpointed(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        context: contextvars.Context | None = None
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            nonlocal context
+            if context is None:
+                context = contextvars.copy_context()
+                return forward(*args, **kwargs)
+            # In backward, which on a GPU is another thread, the grid of a ViT's patches and the
+            # chosen prompts are those of this forward.
+            return context.copy().run(again, *args, **kwargs)
+
+        def again(*args: Any, **kwargs: Any) -> Any:
+            plain_maps.set(None)  # Noted already.
+            return forward(*args, **kwargs)
+
+        return checkpoint(run, *args, use_reentrant=False, **kwargs)
 
     module.forward = checkpointed

@@ -13,10 +13,10 @@ from .checkpoints import FillBaseHook, TunedCheckpointHook
 from .config import config_backbones, is_protuned, resolve
 from .hooks import FiniteLossHook, has_mean_teacher
 from .prompts.convs import fixed_layers
-from .registry import HOOKS, RUNNERS
+from .registry import HOOKS, RUNNERS, STRATEGIES
 from .resume import ExactResumeHook, PreemptionHook, unsignalled
 from .runner import CarefulRunner
-from .sharded import NO_CHECKPOINTING, fingerprints
+from .sharded import NO_CHECKPOINTING, ProTuneFSDPStrategy, fingerprints
 from .show import TuningReportHook
 from .tuned import backbones, prompts, unwrapped
 
@@ -52,7 +52,7 @@ class ShardedGuardHook(Hook):
 
 @RUNNERS.register_module()
 class ProTuneFlexibleRunner(CarefulRunner, FlexibleRunner):
-    """mmengine's FlexibleRunner for a Pro-tuned model, with FSDP unless another strategy is named.
+    """mmengine's FlexibleRunner for a Pro-tuned model, with FSDP.
 
     ``runner_type='protune_mm.ProTuneFlexibleRunner'`` with ``tools/dist_train.sh``. Frozen layers
     run as stock ones (``lean=False``): lean ones keep folded copies of whole weights.
@@ -66,9 +66,9 @@ class ProTuneFlexibleRunner(CarefulRunner, FlexibleRunner):
             cfg: a config, left unchanged.
 
         Raises:
-            ValueError: it is not Pro-tuned, is not started by a launcher, or asks for what FSDP
-                cannot do here: an EMA hook, ``activation_checkpointing``, a policy that trains
-                single parameters.
+            ValueError: it is not Pro-tuned, is not started by a launcher, names a strategy that
+                is not of :class:`ProTuneFSDPStrategy`, or asks for what FSDP cannot do here: an
+                EMA hook, ``activation_checkpointing``, a policy that trains single parameters.
         """
         cfg = resolve(copy.deepcopy(cfg))
         if not is_protuned(cfg):
@@ -93,6 +93,14 @@ class ProTuneFlexibleRunner(CarefulRunner, FlexibleRunner):
                 )
             backbone['lean'] = False
         cfg.setdefault('strategy', dict(type='protune_mm.ProTuneFSDPStrategy'))
+        named = cfg.strategy if isinstance(cfg.strategy, str) else cfg.strategy.get('type')
+        strategy = STRATEGIES.get(named) if isinstance(named, str) else named
+        if not (isinstance(strategy, type) and issubclass(strategy, ProTuneFSDPStrategy)):
+            raise ValueError(
+                f'strategy.type={named!r}: this runner keeps prompts and checkpoints '
+                "right under 'protune_mm.ProTuneFSDPStrategy' alone: take `strategy` out, or take "
+                "runner_type='protune_mm.ProTuneRunner', which has DDP"
+            )
         return super().from_cfg(cfg)
 
     @staticmethod

@@ -95,6 +95,11 @@ def choose_sites(module: nn.Module, options: Options) -> list[Site]:
                 'reads nothing from there',
                 logger='current',
             )
+    if options.prompt['last'] == 'series' and options.prompt.get('init_mode') == 'principal':
+        raise ValueError(
+            "prompt.init_mode='principal' adds nothing at first, and prompt.last='series' would "
+            "replace the last stage's output by that: use last='residual', or another init_mode"
+        )
     kind = prompt_class(options.prompt)
     where = getattr(kind, 'where', 'stages')
     if options.stages == 'inside' and where != 'stages':

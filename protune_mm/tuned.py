@@ -58,6 +58,8 @@ class State:
         before: fingerprint that its base has while other weights are being loaded.
         fingerprint: of its frozen weights, behind what it was computed for.
         mode: the mode that ``train`` has set last.
+        follows: a hook averages its weights with those of a student.
+        carriers: parent, name in it and layer of all that carries a prompt, as it was last seen.
     """
 
     options: Options
@@ -77,6 +79,8 @@ class State:
     before: str = ''
     fingerprint: tuple = ()
     mode: bool = False
+    follows: bool = False
+    carriers: list[tuple[nn.Module, str, nn.Module]] | None = None
 
     def find_fingerprint(self, backbone: nn.Module) -> str:
         """The fingerprint of a backbone's frozen weights, computed where they have changed."""
@@ -225,10 +229,12 @@ def forks(backbone: nn.Module) -> list[nn.Module]:
 
 
 def is_teacher(backbone: nn.Module) -> bool:
-    """Whether the prompts of a backbone are frozen from outside: it follows a student.
+    """Whether a backbone follows a student: its prompts are frozen from outside, or a hook says so.
 
     An average of its weights with the student's may round those that are frozen.
     """
+    if backbone._protune.follows:
+        return True
     tuned = tuned_parameters(backbone).values()
     return bool(tuned) and not any(parameter.requires_grad for parameter in tuned)
 

@@ -23,7 +23,8 @@ class LoadRecord:
     """Which frozen tensors of one backbone have been loaded.
 
     Attributes:
-        given: the weights were there before the backbone was Pro-tuned, so nothing is asked.
+        given: the weights were there before the backbone was Pro-tuned, so nothing is asked but
+            that they stay.
         names: names, inside the backbone, of the tensors loaded so far.
         versions: identity and version of these tensors, as they were loaded: autograd counts
             changes in place, but for those of ``tensor.data``.
@@ -33,6 +34,7 @@ class LoadRecord:
         misshapen: names whose tensor in the last load had another shape, which PyTorch reports
             apart from missing keys and mmengine only logs.
         checked: the weights have been checked since the last load.
+        untold: the last load brought some of them, and did not say which base they are of.
     """
 
     given: bool = True
@@ -43,14 +45,22 @@ class LoadRecord:
     foreign: list[str] = field(default_factory=list)
     misshapen: set[str] = field(default_factory=set)
     checked: bool = False
+    untold: bool = False
 
-    def note(self, own: dict[str, Tensor], missing: set[str], unexpected: list[str]) -> None:
+    def note(
+        self,
+        own: dict[str, Tensor],
+        missing: set[str],
+        unexpected: list[str],
+        untold: bool = True,
+    ) -> None:
         """Record one load.
 
         Args:
             own: all frozen tensors inside the backbone by name.
             missing: full names that the loaded file lacks.
             unexpected: full names in the file that nothing asked for.
+            untold: the file does not say which base its prompts are of. Default True.
         """
         found = {
             name
@@ -62,6 +72,15 @@ class LoadRecord:
         self.versions |= {name: _state(own[name]) for name in found}
         self.foreign = [key for key in unexpected if key.startswith(self.prefix)]
         self.checked = False
+        self.untold = untold and bool(found)
+
+    def watch(self, own: dict[str, Tensor]) -> None:
+        """Note weights that are there already, so that it is told when they are drawn anew.
+
+        Args:
+            own: all frozen tensors inside the backbone by name.
+        """
+        self.versions = {name: _state(tensor) for name, tensor in own.items()}
 
     def forget_redrawn(self, own: dict[str, Tensor]) -> None:
         """Count as not loaded what has changed since, as stock rules run after ``init_cfg`` can.
@@ -73,13 +92,15 @@ class LoadRecord:
             own: all frozen tensors inside the backbone by name.
         """
         changed = set()
-        for name in self.names & own.keys():
+        for name in own if self.given else self.names & own.keys():
             before, now = self.versions.get(name), _state(own[name])
             # A copy of the module has other tensors, which were not seen loading.
             if before is not None and before[0] == now[0] and before != now:
                 changed.add(name)
         self.names -= changed
         self.redrawn |= changed
+        if changed:
+            self.checked = False
 
     def problem(self, backbone: nn.Module, tensors: dict[str, Tensor]) -> str | None:
         """One line about missing weights, or None where all is well.
@@ -93,7 +114,7 @@ class LoadRecord:
             backbone: the backbone, for its class name.
             tensors: its frozen tensors by name.
         """
-        if self.given:
+        if self.given and not self.redrawn:
             return None
         norms = {
             name
@@ -106,11 +127,19 @@ class LoadRecord:
             if tensor.is_floating_point()
             and name.rpartition('.')[2] not in COMPUTED + BY_SIZE
             and name not in self.names
+            and (not self.given or name in self.redrawn)
             and (name.rpartition('.')[0] not in norms or name in self.misshapen)
         ]
         if not lacking:
             return None
         kind = type(backbone).__name__
+        if self.given:
+            return (
+                f'{kind} is frozen, but {len(lacking)} of its tensors, first {lacking[0]}, were '
+                'drawn anew after the backbone had come with its weights: rules in the init_cfg of '
+                'the model around it reach all layers inside; take them out, or load the weights '
+                'after init_weights()'
+            )
         if lacking[0] in self.redrawn:
             return (
                 f'{kind} is frozen, but {len(self.redrawn.intersection(lacking))} of its tensors, '

@@ -53,6 +53,10 @@ CASES = [
     ),
     (dict(stages=3), 'stages=3 is unknown: use None for every stage'),
     (dict(stages=True), 'stages=True is unknown: use None for every stage'),
+    (
+        dict(prompt=dict(init_mode='principal', last='series')),
+        "prompt.init_mode='principal' adds nothing at first, and prompt.last='series'",
+    ),
     (dict(prompt=dict(last='first')), "prompt.last='first' is unknown: use one of residual"),
     (
         dict(prompt='papr'),
@@ -184,6 +188,21 @@ def test_applied_again():
         protune_mm.protune(module, prompt=dict(ratio=4))
     with pytest.raises(ValueError, match="submodule '0' is Pro-tuned already"):
         protune_mm.protune(nn.Sequential(module), stages=['0.layer1'])
+
+
+@pytest.mark.parametrize(
+    ('base', 'option'),
+    [
+        (dict(type='mmpretrain.TinyViT', arch='5m'), 'use_checkpoint'),
+        (dict(type='mmpretrain.RepLKNet', arch='31B'), 'with_cp'),
+    ],
+    ids=str,
+)
+def test_a_backbone_that_computes_whole_blocks_again(base, option):
+    stock = MODELS.build(dict(base, **{option: True}))
+    with pytest.raises(ValueError, match=f'with {option}=True computes whole blocks again'):
+        protune_mm.protune(stock)
+    protune_mm.protune(stock, policy='full')
 
 
 def test_a_compiled_module():

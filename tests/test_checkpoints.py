@@ -11,13 +11,13 @@ from mmengine.runner import load_checkpoint
 from torch import nn
 
 import protune_mm
-from protune_mm.base_weights import ALLOW, BASE, own_files
+from protune_mm.base_weights import ALLOW, BASE, ZOO, own_files
 from protune_mm.checkpoints import identities, note_origin, tuned_state_dict
 from protune_mm.hooks import _guarded_tensors
 from protune_mm.identity import KEY
 from protune_mm.stages import find_family
 from protune_mm.tuned import frozen_keys, frozen_tensors, tuned_parameters
-from tests.conftest import EVERY, EXAMPLES, build_protuned, build_stock, flat, image
+from tests.conftest import EVERY, EXAMPLES, ROOT, build_protuned, build_stock, flat, image
 
 
 def trained(backbone, seed=3):
@@ -101,6 +101,16 @@ def test_the_backbone_fetches_its_base(library, family, tmp_path, log):
     whole = other.state_dict()
     assert all(torch.equal(tensor, whole[key]) for key, tensor in backbone.state_dict().items())
     assert not [r for r in log.records if r.levelno >= 30 and KEY in r.getMessage()]
+
+
+def test_the_bases_of_shipped_configs_are_of_zoos_that_are_followed():
+    found = set()
+    for path in ROOT.glob('configs/*_protune_*.py'):
+        rule = protune_mm.load_config(str(path)).model.backbone.get('init_cfg') or {}
+        found.add(rule.get('checkpoint', ''))
+    found = {address for address in found if '://' in address}
+    assert len(found) > 2
+    assert not [address for address in found if not address.startswith(ZOO)]
 
 
 def test_an_address_in_a_file_is_followed_only_when_allowed(base, tuned_file, monkeypatch):

@@ -183,6 +183,11 @@ def test_bad_configs():
     cfg.model.backbone.policy = 'bias'
     with pytest.raises(ValueError, match="policy='bias' trains single parameters"):
         RUNNERS.build(cfg)
+    cfg.model.backbone.policy = 'prompts'
+    for strategy in (dict(type='DDPStrategy'), 'DeepSpeedStrategy'):
+        cfg.strategy = strategy
+        with pytest.raises(ValueError, match=r"under 'protune_mm\.ProTuneFSDPStrategy' alone"):
+            RUNNERS.build(cfg)
     cfg.activation_checkpointing = ['backbone']
     with pytest.raises(ValueError, match='use with_cp=True'):
         RUNNERS.build(cfg)

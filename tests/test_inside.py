@@ -1,14 +1,17 @@
 """Prompts inside blocks: every backbone, an exact start, a gradient for each, at the place told."""
 
+import copy
+
 import pytest
 import torch
+from mmcv.cnn import fuse_conv_bn
 from mmengine.registry import MODELS
 from torch import nn
 
 import protune_mm
 from protune_mm.report import prompt_rows
 from protune_mm.tuned import frozen_tensors, prompts
-from tests.conftest import EVERY, move_prompts
+from tests.conftest import EVERY, image, move_prompts
 from tests.test_every_backbone import DISCONTINUOUS, outputs, pair, pictures
 
 OPTIONS = dict(stages='inside', prompt=dict(hidden=2))
@@ -130,6 +133,18 @@ def test_prompts_that_went_with_their_norms_are_an_error():
     nn.SyncBatchNorm.convert_sync_batchnorm(tuned)
     with pytest.raises(RuntimeError, match=r'has 0 of its 8 prompts left: layers .* were replaced'):
         tuned.train()
+
+
+def test_prompts_that_went_after_a_forward_are_an_error():
+    tuned = protune_mm.protune(MODELS.build(dict(type='mmdet.ResNet', depth=18)), **OPTIONS).eval()
+    with torch.no_grad():
+        tuned(image())
+        again = copy.deepcopy(tuned)
+        tuned(image())
+        fuse_conv_bn(tuned)
+        with pytest.raises(RuntimeError, match='has 0 of its 8 prompts left'):
+            tuned(image())
+        again(image())  # The copy has its own.
 
 
 def test_the_report_says_inside():

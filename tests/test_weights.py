@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from mmengine.config import ConfigDict
+from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from mmengine.runner import load_checkpoint
 
@@ -191,6 +192,28 @@ def test_init_weights_keeps_the_weights_a_module_came_with():
     tuned.init_weights()
     for name, tensor in before.items():
         assert torch.equal(tuned.state_dict()[name], tensor), name
+
+
+def test_rules_of_the_model_around_that_reach_them_are_a_problem(log):
+    import protune_mm
+
+    rule = dict(type='Kaiming', layer='Conv2d')
+    for init_cfg in (None, rule):
+        model = BaseModule(init_cfg=init_cfg)
+        stock = MODELS.build(dict(type='mmdet.ResNet', depth=18))
+        model.backbone = protune_mm.protune(stock, require_weights=True)
+        if init_cfg is None:
+            model.init_weights()
+            model.backbone(image())
+            assert 'drawn anew' not in log.text
+            continue
+        model.init_weights()
+        told = r'of its tensors, first conv1\.weight, were drawn anew after the backbone had come'
+        with pytest.raises(RuntimeError, match=told):
+            model.backbone(image())
+        # What is loaded afterwards counts.
+        model.backbone.load_state_dict(stock.state_dict())
+        model.backbone(image())
 
 
 @pytest.mark.gpu

@@ -127,6 +127,7 @@ tasks = {
     ),
     'camvid': dict(
         camvid,
+        seeds=more_seeds,
         fractions=[1.0, 0.2],
         options={'pro-tuning': dict(prompt=camvid_prompt, prompt_warmup=0.5)},
     ),

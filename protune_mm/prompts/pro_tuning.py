@@ -75,6 +75,7 @@ class ProTuningBlock(BaseModule):
             evaluation; a checkpoint does not ask for the same. (The width that the library chooses
             is another one with ``fixed_down``: name it where you change that.)
         waits: the next training batch decides how it starts.
+        started: a training batch has decided it.
     """
 
     lean = True
@@ -165,7 +166,7 @@ class ProTuningBlock(BaseModule):
 
     def init_weights(self) -> None:
         """Set the start: see ``init_mode`` and ``zero_init``."""
-        self.waits = self.init_mode == 'principal'
+        self.waits, self.started = self.init_mode == 'principal', False
         mode = 'fan_in' if self.waits else self.init_mode
         kaiming_init(self.down, mode=mode)
         kaiming_init(self.spatial, mode=mode)
@@ -213,8 +214,8 @@ class ProTuningBlock(BaseModule):
         analysis gives is the one that keeps most of their inner products. EVA, arXiv 2410.07170,
         starts LoRA's first matrix in this way. Of several processes all start as the first one
         does. A prompt whose last convolution has a weight that is not zero was trained already, and
-        stays as it is; where all pixels of the first process are the same, or one is no number, it
-        waits for the next batch.
+        stays as it is; where all pixels of the first process are the same but for a thousandth of
+        their size, or one is no number, it waits for the next batch.
 
         Args:
             x: (B, C, H, W), what the block reads; at most 2048 pixels of it are looked at.
@@ -228,14 +229,15 @@ class ProTuningBlock(BaseModule):
         if not shows:
             self.waits = True
             print_log(
-                'a prompt cannot start from this batch, in which all pixels are the same or one is '
-                'no number: it waits for the next one',
+                'a prompt cannot start from this batch, in which all pixels are nearly the same or '
+                'one is no number: it waits for the next one',
                 logger='current',
                 level=logging.WARNING,
             )
             return
         with torch.autocast(x.device.type, enabled=False):
             found = self._project_on_principal(pixels)
+        self.started = True
         if isinstance(self.down, FixedConv2d) and found < self.down.out_channels:
             print_log(
                 f'fixed_down=True: the first training batch shows {found} directions for the '
@@ -287,8 +289,14 @@ class ProTuningBlock(BaseModule):
 
 
 def differ(pixels: Tensor) -> Tensor:
-    """Whether pixels (N, C) are numbers of which some differ."""
-    return pixels.isfinite().all() & (pixels != pixels[:1]).any()
+    """Whether pixels (N, C) are numbers that differ by more than a thousandth of their size.
+
+    By less, what they differ in may be rounding, and a projection that makes it a size of one would
+    make features of other images too large for half precision.
+    """
+    scaled = pixels / pixels.abs().max()
+    spread = (scaled - scaled.mean(0)).norm()
+    return pixels.isfinite().all() & (spread > 1e-3 * scaled.norm())
 
 
 def some_pixels(x: Tensor, most: int = 2048) -> Tensor:
