@@ -16,6 +16,7 @@ from mmengine.registry import DATASETS, MODELS, DefaultScope
 from torch import nn
 
 from protune_mm.compat import processor, stack_versions
+from protune_mm.datasets.rest import check_rest
 from protune_mm.optim import wrap_constructor
 from tests.conftest import ROOT, run_tool
 from tests.small_runs import CLS
@@ -412,6 +413,29 @@ def test_images_that_are_left_out_do_not_count_as_missed(parts):
         with pytest.raises(ValueError, match=r"test split .* 'instances' to the meta_keys"):
             check(config(**options, **{keys: ('img_id',)}), every)
     check(config(**{keys: ('img_id',)}), 1)
+
+
+def test_a_part_of_a_set_whose_rest_validates(parts):
+    """As configs/transfer have it: what a study leaves out is inside what they train on."""
+    task = dict(
+        config='configs/transfer/resnet50_protune_pets.py', backbone='B', steps=2,
+        metrics=['accuracy/top1'], fractions=[0.2],
+    )  # fmt: skip
+    plan = Mock(tasks=dict(t=task), backbone_options=lambda *_: {})
+    cfg = parts['run_config'].config_of(plan, parts['plan'].Run('t', 'full', 0.2, 1e-3, 1), '')
+    check_rest(cfg.train_dataloader, cfg.val_dataloader)
+
+
+def test_a_study_refuses_before_the_first_run_what_a_run_would(study, parts, tmp_path):
+    (tmp_path / 'parts.py').write_text(
+        "_base_ = ['./classifier.py']\n"
+        "few = dict(_delete_=True, type='protune_mm.FewLabels', dataset=_base_.dataset)\n"
+        'train_dataloader = dict(dataset=dict(few, fraction=0.9, seed=1))\n'
+        'val_dataloader = dict(dataset=dict(few, fraction=0.5, rest=True))\n'
+    )
+    plan = parts['plan'].Study(str(study(classifier='parts')))
+    with pytest.raises(ValueError, match=r"^task 'small', .*: val_dataloader has the rest of frac"):
+        parts['data_checks'].check_data(plan, plan.runs()[:1])
 
 
 def test_a_part_of_the_labels_is_inside_what_repeats_images(study, parts):

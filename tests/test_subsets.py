@@ -1,11 +1,14 @@
 """Few labels and long tails: fixed by the seed, nested, and no class is lost unseen."""
 
+import argparse
 import copy
 import pickle
+import shlex
 
 import cv2
 import numpy as np
 import pytest
+from mmengine.config import Config, DictAction
 from mmengine.dataset import BaseDataset, ClassBalancedDataset, ConcatDataset, RepeatDataset
 from mmengine.registry import DATASETS, DefaultScope
 
@@ -331,6 +334,45 @@ def test_the_rest_of_another_part_is_refused(train, val, apart):
         check_rest(train, val)
 
 
+def nested(*parts):
+    """A loader of parts of parts, the innermost first."""
+    found = loader('Train')['dataset']
+    for part in parts:
+        found = dict(type='protune_mm.FewLabels', dataset=found, **part)
+    return dict(dataset=found)
+
+
+@pytest.mark.parametrize(
+    ('train', 'val', 'apart'),
+    [
+        # As a study takes a part of what configs/transfer trains on.
+        ([dict(fraction=0.9), dict(fraction=0.2, seed=1)], [dict(fraction=0.9, rest=True)], True),
+        ([dict(fraction=0.9, seed=1), dict(fraction=0.2)], [dict(fraction=0.9, rest=True)], False),
+        # Both within one part, of which one has the rest.
+        (
+            [dict(fraction=0.5, seed=3), dict(fraction=0.9)],
+            [dict(fraction=0.5, seed=3), dict(fraction=0.9, rest=True)],
+            True,
+        ),
+        (
+            [dict(fraction=0.5, seed=3), dict(fraction=0.9, seed=1)],
+            [dict(fraction=0.5, seed=3), dict(fraction=0.9, rest=True)],
+            False,
+        ),
+        ([dict(fraction=0.5)], [dict(fraction=0.5), dict(fraction=0.9, rest=True)], False),
+        # A part of the rest is still of the rest.
+        ([dict(fraction=0.9)], [dict(fraction=0.9, rest=True), dict(fraction=0.5, seed=1)], True),
+    ],
+)
+def test_of_parts_of_parts_the_first_that_differs_counts(train, val, apart):
+    train, val = nested(*train), nested(*val)
+    if apart:
+        check_rest(train, val)
+        return
+    with pytest.raises(ValueError, match='of the same data set, so that images are in both'):
+        check_rest(train, val)
+
+
 @pytest.mark.parametrize(
     ('part', 'evaluator', 'fits'),
     [
@@ -344,16 +386,41 @@ def test_the_rest_of_another_part_is_refused(train, val, apart):
         (dict(fraction=0.9), dict(type='COCOCaption', ann_file='all.json'), True),
         (dict(fraction=0.9), [object()], True),
         (dict(fraction=0.9), None, True),
+        (dict(indices=500), dict(type='CocoMetric', ann_file='all.json'), False),
+        (dict(indices=[0, 3]), dict(type='CocoMetric', ann_file=None), True),
     ],
 )
 def test_a_metric_that_counts_images_left_out_is_refused(part, evaluator, fits):
+    first = part.pop('indices', None)
     val = loader('Val', around='ConcatDataset' if evaluator is None else None, **part)
+    val['dataset']['indices'] = first
     check_annotations(None, evaluator)
     if fits:
         check_annotations(val, evaluator)
         return
     with pytest.raises(ValueError, match=r'CocoMetric counts all of .*ann_file=None'):
         check_annotations(val, evaluator)
+
+
+@pytest.mark.parametrize('keys', [{}, dict(meta_keys=('img_id', 'scale_factor'))])
+def test_a_quick_look_at_some_images_has_the_options_that_its_error_tells(keys):
+    pipeline = [dict(type='LoadImageFromFile'), dict(type='PackDetInputs', **keys)]
+    dataset = dict(type='CocoDataset', indices=500, pipeline=pipeline)
+    cfg = Config(
+        dict(
+            test_dataloader=dict(dataset=dataset),
+            test_evaluator=dict(type='CocoMetric', ann_file='all.json'),
+        )
+    )
+    with pytest.raises(ValueError, match='For a quick look: ') as told:
+        check_annotations(cfg.test_dataloader, cfg.test_evaluator)
+    options = shlex.split(str(told.value).partition('For a quick look: ')[2])[:3]
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction)
+    cfg.merge_from_dict(parser.parse_args(options).cfg_options)
+    check_annotations(cfg.test_dataloader, cfg.test_evaluator)
+    packed = cfg.test_dataloader.dataset.pipeline[1].meta_keys
+    assert {'img_id', 'scale_factor', 'instances'} <= {*packed}
 
 
 def test_hooks_find_in_a_part_what_a_data_set_has():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from ..registry import type_name
 from .subsets import FewLabels, LongTailed
 
@@ -21,11 +23,17 @@ def check_rest(train: dict | None, val: dict | None) -> None:
             within that part.
     """
     parts = [_part_of(loader.get('dataset')) if loader else None for loader in (train, val)]
-    if None in parts or parts[0]['of'] != parts[1]['of'] or parts[0]['rest'] == parts[1]['rest']:
+    if None in parts or parts[0][0] != parts[1][0]:
         return
-    rest, other = sorted(parts, key=lambda part: part['rest'], reverse=True)
+    # The first level that differs counts: up to it both are the same images, and what is chosen
+    # further out stays within.
+    levels = itertools.zip_longest(*(levels for _, levels in parts), fillvalue=_WHOLE)
+    one, two = next((pair for pair in levels if pair[0] != pair[1]), (_WHOLE, _WHOLE))
+    if one['rest'] == two['rest']:
+        return
+    rest, other = (one, two) if one['rest'] else (two, one)
     if other['seed'] != rest['seed'] or other['fraction'] > rest['fraction']:
-        names = ['train', 'val'] if parts[0]['rest'] else ['val', 'train']
+        names = ['train', 'val'] if one['rest'] else ['val', 'train']
         raise ValueError(
             f'{names[0]}_dataloader has the rest of fraction={rest["fraction"]:g}, seed='
             f'{rest["seed"]}, and {names[1]}_dataloader fraction={other["fraction"]:g}, seed='
@@ -55,7 +63,7 @@ def check_annotations(loader: dict | None, evaluator: dict | list | None) -> Non
     Raises:
         ValueError: the data set is a part of one, and a metric has an ``ann_file``.
     """
-    if not loader or not _shows_part(loader.get('dataset')):
+    if not loader or not shows_part(loader.get('dataset')):
         return
     for metric in metrics_of(evaluator):
         if isinstance(metric, dict) and metric.get('ann_file') and type_name(metric) in WHOLE_FILE:
@@ -63,26 +71,50 @@ def check_annotations(loader: dict | None, evaluator: dict | list | None) -> Non
                 f'the data set shows a part of its images, and {type_name(metric)} counts all of '
                 f'{metric["ann_file"]}, those left out as missed: give it ann_file=None, and '
                 "PackDetInputs of the pipeline 'instances' among its meta_keys"
+                f'{_as_options(loader["dataset"])}'
             )
 
 
-def _shows_part(dataset: object) -> bool:
+_NEEDED = ('img_id', 'ori_shape', 'img_shape', 'scale_factor')
+"""Of what a detector's step packs, that which a score needs."""
+
+
+def _as_options(dataset: dict) -> str:
+    """The same for a command, where the data set itself has the pipeline."""
+    for i, step in enumerate(dataset.get('pipeline') or ()):
+        if type_name(step) == 'PackDetInputs':
+            keys = [key for key in step.get('meta_keys', ()) if key != 'instances']
+            keys = ','.join([*(keys or _NEEDED), 'instances'])
+            return (
+                '. For a quick look: --cfg-options test_evaluator.ann_file=None '
+                f'"test_dataloader.dataset.pipeline.{i}.meta_keys=({keys})" (or val_)'
+            )
+    return ''
+
+
+def shows_part(dataset: object) -> bool:
+    """Whether a data set's config takes a part of the images of its annotation file."""
     if not isinstance(dataset, dict):
         return False
     whole = type_name(dataset) == FewLabels.__name__ and dataset.get('fraction') == 1
-    if type_name(dataset) in (FewLabels.__name__, LongTailed.__name__) and not whole:
+    part = type_name(dataset) in (FewLabels.__name__, LongTailed.__name__) and not whole
+    if part or dataset.get('indices') is not None:
         return True
-    return any(map(_shows_part, dataset.get('datasets') or [dataset.get('dataset')]))
+    return any(map(shows_part, dataset.get('datasets') or [dataset.get('dataset')]))
 
 
-def _part_of(dataset: object) -> dict | None:
-    """Which part of which data set a config asks for, within wrappers; all of it without any."""
-    part = dict(fraction=1.0, seed=0, rest=False)
+_WHOLE = dict(fraction=1.0, seed=0, rest=False)
+"""What :class:`FewLabels` has where its config does not say, and all of a data set."""
+
+
+def _part_of(dataset: object) -> tuple[dict, list[dict]] | None:
+    """Which data set a config reads, and the parts that it takes of it, the innermost first."""
+    levels = []
     while isinstance(dataset, dict) and isinstance(dataset.get('dataset'), dict):
         if type_name(dataset) == FewLabels.__name__:
-            part = {key: dataset.get(key, value) for key, value in part.items()}
+            levels.insert(0, {key: dataset.get(key, value) for key, value in _WHOLE.items()})
         dataset = dataset['dataset']
     if not isinstance(dataset, dict):
         return None
     own = ('pipeline', 'test_mode')
-    return dict(part, of={key: value for key, value in dataset.items() if key not in own})
+    return {key: value for key, value in dataset.items() if key not in own}, levels

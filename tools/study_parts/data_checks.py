@@ -10,6 +10,7 @@ from mmengine.registry import DATASETS, TRANSFORMS, DefaultScope
 
 from protune_mm import load_config
 from protune_mm.config import library
+from protune_mm.datasets.rest import check_rest
 from protune_mm.registry import type_name
 from protune_mm.robustness import CORRUPTIONS, Corrupt, after_loading, attack_library, corrupted
 
@@ -154,6 +155,7 @@ def check_data(study: Study, runs: Iterable[Run]) -> None:
     for run in first.values():
         try:
             cfg = config_of(study, run, '')
+            check_rest(cfg.train_dataloader, cfg.val_dataloader)
             check_apart(cfg)
             task = study.tasks[run.task]
             check_evaluators(cfg, task.get('scenarios', {}).get('every', 1))

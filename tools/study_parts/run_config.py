@@ -11,7 +11,7 @@ import protune_mm
 from protune_mm import cli
 from protune_mm.config import config_backbones
 from protune_mm.datasets import MIXERS
-from protune_mm.datasets.rest import metrics_of
+from protune_mm.datasets.rest import metrics_of, shows_part
 from protune_mm.optim import DEFAULT_CONSTRUCTOR
 from protune_mm.registry import type_name
 
@@ -27,16 +27,6 @@ def steps_of(task: dict, run: Run) -> int:
 def evaluators_of(cfg: Config, split: str) -> list[dict]:
     """The metrics of a split: its evaluator may be one, a list, or an evaluator around several."""
     return metrics_of(cfg[f'{split}_evaluator'])
-
-
-def shows_part(dataset: dict) -> bool:
-    """Whether a data set's config takes a part of the images of its annotation file."""
-    inner = dataset.get('datasets') or [dataset.get('dataset')]
-    return (
-        dataset.get('indices') is not None
-        or type_name(dataset) in ('FewLabels', 'LongTailed')
-        or any(shows_part(each) for each in inner if each)
-    )
 
 
 def count_shown(evaluators: list[dict], dataset: dict) -> None:
