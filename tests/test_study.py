@@ -438,6 +438,15 @@ def test_a_study_refuses_before_the_first_run_what_a_run_would(study, parts, tmp
         parts['data_checks'].check_data(plan, plan.runs()[:1])
 
 
+def test_a_run_begins_anew(study, parts, tmp_path):
+    """Whatever its config, perhaps one that a training has left, did."""
+    config = tmp_path / 'dumped.py'
+    config.write_text("_base_ = ['./classifier.py']\nresume = True\nload_from = 'detector.pth'\n")
+    plan = parts['plan'].Study(str(study(classifier='dumped')))
+    cfg = parts['run_config'].config_of(plan, plan.runs()[0], '')
+    assert (cfg.resume, cfg.load_from) == (False, 'detector.pth')
+
+
 def test_a_part_of_the_labels_is_inside_what_repeats_images(study, parts):
     file = study(classifier='repeated', **{'steps=3': 'steps=3, long_tail=2', '[1.0]': '[0.7]'})
     (file.parent / 'repeated.py').write_text(

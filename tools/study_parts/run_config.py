@@ -134,6 +134,8 @@ def config_of(study: Study, run: Run, work: str) -> Config:
         shots = dict(type='protune_mm.ShotAccuracy', dataset=loader.dataset)
         for split in ('val', 'test'):
             cfg[f'{split}_evaluator'] = [*evaluators_of(cfg, split), shots]
+    # A dumped config may go on from a checkpoint, its `load_from`: a run begins with it at most.
+    cfg.resume = False
     cfg.default_hooks.checkpoint = None
     cfg.default_hooks.logger = dict(type='LoggerHook', interval=10**9)
     cfg.log_processor = dict(by_epoch=False)
