@@ -127,6 +127,24 @@ def test_what_waits_is_not_done_after_an_interrupt(results, monkeypatch, tmp_pat
     assert len(list(tmp_path.glob('*'))) == before
 
 
+def test_what_is_wrong_with_all_jobs_ends_them(results, tmp_path):
+    run, keys = results(), [f'{tmp_path}/{i}' for i in range(12)]
+    with pytest.raises(ValueError, match=r'^a mistake of all$') as told:
+        run.work(touch_or_end, [*keys[:1], 'hopeless', *keys[1:]])
+    assert type(told.value).__name__ == 'HopelessError'
+    assert told.value.__cause__ is None
+    assert len(list(tmp_path.glob('*'))) < 12
+    assert results().known == run.known, 'what has ended is noted'
+
+
+def touch_or_end(key):
+    if key == 'hopeless':
+        from jobs import HopelessError
+
+        raise HopelessError('a mistake of all')
+    return touch(key)
+
+
 def touch(key):
     Path(key).touch()
     time.sleep(0.3)

@@ -20,6 +20,10 @@ import torch
 DIED = 'the process died'  # The reason where one ended without a result.
 
 
+class HopelessError(ValueError):
+    """What is wrong with more than one job: no other is begun."""
+
+
 class Results:
     """Results so far, in a file that a stopped run leaves behind.
 
@@ -94,6 +98,9 @@ class Results:
 
         Returns:
             list[dict]: the results there are, in the order of the keys.
+
+        Raises:
+            HopelessError: a job did. Those that have ended are noted.
         """
         keys = list(keys)
         self.mend()
@@ -135,6 +142,8 @@ class Results:
                 row = done.result()
             except BrokenProcessPool:
                 return
+            except HopelessError as error:
+                raise HopelessError(str(error)) from None  # Without the frames of its process.
             except Exception as error:
                 self._fail(running[done], f'{type(error).__name__}: {error}', progress)
             else:

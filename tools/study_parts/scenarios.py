@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Iterable
 
+from jobs import HopelessError
 from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.runner import Runner, TestLoop
@@ -100,10 +101,15 @@ def score(found: dict, metric: str, run: Run, metrics: Iterable[BaseMetric]) -> 
         metrics: of the evaluator.
 
     Raises:
-        ValueError: it is not among them, or no number.
+        HopelessError: it is not among them, and so will not be for other runs.
+        ValueError: it is no number.
     """
-    value = 0.0 if found_nothing(metric, found, metrics) else float(found.get(metric, math.nan))
-    if not math.isfinite(value):
-        there = ', '.join(f'{key} {value}' for key, value in found.items())
-        raise ValueError(f"task '{run.task}': no score {metric}: there are {there}")
-    return value
+    if found_nothing(metric, found, metrics):
+        return 0.0
+    there = ', '.join(f'{key} {value}' for key, value in found.items())
+    told = f"task '{run.task}': no score {metric}: there are {there}"
+    if metric not in found:
+        raise HopelessError(told)
+    if not math.isfinite(found[metric]):
+        raise ValueError(told)
+    return float(found[metric])
