@@ -449,6 +449,30 @@ def test_a_run_begins_anew(study, parts, tmp_path):
     assert (cfg.resume, cfg.load_from) == (False, 'detector.pth')
 
 
+@pytest.mark.parametrize(
+    ('name', 'old', 'new'),
+    [
+        ('classifier.py', 'topk=(1,)', 'topk=(1, 2)'),  # Of the config.
+        ('study.py', 'rank=1', 'rank=2'),
+        ('study.py', 'small=', 'large='),
+    ],
+)
+def test_a_study_that_is_changed_while_it_runs_ends(
+    study, parts, monkeypatch, tmp_path, name, old, new
+):
+    training = parts['training']
+    monkeypatch.setattr(training.logging, 'disable', lambda level: None)
+    file = str(study())
+    plan = parts['plan'].Study(file)
+    settings = {run.key: plan.setting(run) for run in plan.runs()}
+    if name == 'classifier.py':
+        training.study_of(file).setting(plan.runs()[0])  # As a run before has left it.
+    text = (tmp_path / name).read_text()
+    (tmp_path / name).write_text(text.replace(old, new))
+    with pytest.raises(ValueError, match=r"task 'small': .*study\.py, or the config .* was"):
+        training.train(file, 'small lora 1 0.001 0', settings)
+
+
 def test_a_part_of_the_labels_is_inside_what_repeats_images(study, parts):
     file = study(classifier='repeated', **{'steps=3': 'steps=3, long_tail=2', '[1.0]': '[0.7]'})
     (file.parent / 'repeated.py').write_text(

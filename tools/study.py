@@ -90,7 +90,8 @@ def main() -> None:
         check_ready(study, dict.fromkeys(run.task for run in runs))
         print('looking at the data of all tasks', flush=True)
         check_data(study, [run for run in runs if run.key not in results.known])
-        results.work(functools.partial(train, args.study), [run.key for run in runs])
+        job = functools.partial(train, args.study, settings=settings)
+        results.work(job, [run.key for run in runs])
     lines = [line for row in results.known.values() for line in row['lines']]
     if lines:
         write_report(study, lines, out, args.results)

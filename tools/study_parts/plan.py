@@ -70,6 +70,11 @@ class Study:
         self._multiples: dict[str, dict[str, float]] = {}
         check_study(self)
 
+    def forget_configs(self) -> None:
+        """Read the configs of tasks again where they are asked for: they may have changed."""
+        self._configs.clear()
+        self._multiples.clear()
+
     def runs(self) -> list[Run]:
         """All runs: what can be compared first comes first."""
         return [

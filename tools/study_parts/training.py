@@ -9,9 +9,11 @@ import statistics
 import tempfile
 import time
 import warnings
+from collections.abc import Mapping
 from unittest import mock
 
 import torch
+from jobs import HopelessError
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.logging import MessageHub, MMLogger
@@ -86,24 +88,29 @@ def study_of(path: str) -> Study:
     return Study(path)
 
 
-def train(path: str, key: str) -> dict:
+def train(path: str, key: str, settings: Mapping[str, str] | None = None) -> dict:
     """Do one run, whose data :func:`check_data` has seen.
 
     Args:
         path: the study's file.
         key: see :class:`Run`.
+        settings: of the runs by key, as the study had them when it was begun. Default: as it has
+            them now.
 
     Returns:
         dict: ``key``, ``status`` ('ok' or 'diverged') and ``lines``, one for each metric.
+
+    Raises:
+        HopelessError: the run has another setting now.
     """
     study, run = study_of(path), Run.of(key)
     warnings.simplefilter('ignore')
     logging.disable(logging.WARNING)
-    task = study.tasks[run.task]
     # The runner formats its config for its log five times, which takes seconds a run.
     plain = mock.patch('mmengine.config.config.FormatCode', lambda text, **_: (text, True))
     with tempfile.TemporaryDirectory(prefix='study_') as work, plain:
-        cfg = config_of(study, run, work)
+        cfg, setting = read_config(study, run, work, settings)
+        task = study.tasks[run.task]
         runner = cli.build_runner(cfg)
         check_scenarios(runner, task)
         if task.get('channels_last'):
@@ -163,7 +170,7 @@ def train(path: str, key: str) -> dict:
                 seed=run.seed,
                 lr=run.lr,
                 lr_part=run.lr_part,
-                setting=study.setting(run),
+                setting=setting,
                 steps=steps_of(task, run),
                 metric=metric,
                 metrics=len(metrics),
@@ -179,6 +186,29 @@ def train(path: str, key: str) -> dict:
             )
         )
     return dict(key=key, status='diverged' if diverged else 'ok', reason='', lines=lines)
+
+
+def read_config(
+    study: Study, run: Run, work: str, settings: Mapping[str, str] | None
+) -> tuple[Config, str]:
+    """The config of a run as its file is now, and its setting, which follows from the same.
+
+    Raises:
+        HopelessError: the setting is another than that of ``settings``.
+    """
+    changed = HopelessError(
+        f"task '{run.task}': {study.path}, or the config of the task, was changed since the study "
+        'was begun: begin it again; runs whose settings are as before stay'
+    )
+    if run.task not in study.tasks or run.method not in study.known:
+        raise changed
+    study.forget_configs()
+    cfg = config_of(study, run, work)
+    # Read after the config: what was changed before either is seen.
+    setting = study.setting(run)
+    if settings is not None and settings.get(run.key) != setting:
+        raise changed
+    return cfg, setting
 
 
 def to_channels_last(model: nn.Module) -> None:
