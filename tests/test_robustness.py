@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.registry import DATASETS, TRANSFORMS, DefaultScope
 from mmpretrain.models import ImageClassifier
 from mmpretrain.structures import DataSample
@@ -73,6 +74,57 @@ def test_kept_images_take_no_more_than_their_room(monkeypatch):
     assert np.array_equal(made, fresh)
 
 
+def test_kept_images_of_one_file_are_told_apart():
+    step = TRANSFORMS.build(
+        dict(type='protune_mm.Corrupt', corruption='contrast', severity=1, cache=True)
+    )
+    images = [np.full((32, 32, 3), grey, np.uint8) for grey in (90, 200)]
+    made = [step(dict(img=image, img_path='tiles.png'))['img'] for image in images]
+    assert made[0].mean() < 100 < made[1].mean()
+
+
+def test_images_of_floats_are_as_those_of_whole_numbers():
+    """As LoadImageFromFile(to_float32=True) gives them."""
+    image, made = corrupt('gaussian_noise', 2)
+    step = TRANSFORMS.build(
+        dict(type='protune_mm.Corrupt', corruption='gaussian_noise', severity=2)
+    )
+    for path in ('a.png', None):
+        whole = step(dict(img=image, img_path=path))['img']
+        found = step(dict(img=image.astype(np.float32), img_path=path))['img']
+        assert found.dtype == np.float32
+        assert np.array_equal(found, whole)
+    assert np.array_equal(step(dict(img=image, img_path='a.png'))['img'], made)
+
+
+@pytest.mark.parametrize('name', CORRUPTIONS)
+def test_a_grey_image_keeps_its_shape_and_sides(name):
+    step = TRANSFORMS.build(dict(type='protune_mm.Corrupt', corruption=name, severity=1))
+    image = np.full((48, 64), 40, np.uint8)
+    image[:, 32:] = 200
+    made = step(dict(img=image, img_path='a.png'))['img']
+    assert (made.shape, made.dtype) == (image.shape, np.uint8)
+    assert made[:, 32:].mean() > made[:, :32].mean()
+    more = step(dict(img=image[..., None], img_path='a.png'))['img']
+    assert np.array_equal(more[..., 0], made)
+
+
+@pytest.mark.parametrize(
+    ('image', 'message'),
+    [
+        (np.zeros((28, 40), np.uint8), 'an image has 28x40 pixels: corruptions need at least'),
+        (np.zeros((40, 40, 4), np.uint8), r'an image has the shape \(40, 40, 4\): corruptions'),
+        (np.full((32, 32, 3), 0.5), 'an image of float64 has no whole pixels from 0 to 255'),
+        (np.full((32, 32, 3), np.nan), 'an image of float64 has no whole pixels from 0 to 255'),
+        (np.full((32, 32, 3), 300, np.uint16), 'an image of uint16 has no whole pixels'),
+    ],
+)
+def test_images_that_no_corruption_takes(image, message):
+    step = TRANSFORMS.build(dict(type='protune_mm.Corrupt', corruption='fog', severity=1))
+    with pytest.raises(ValueError, match=message):
+        step(dict(img=image, img_path='a.png'))
+
+
 def test_severity_grows():
     errors = []
     for severity in range(1, 6):
@@ -91,8 +143,6 @@ def test_the_corruption_comes_right_after_the_image():
         'Resize',
     ]
     assert len(steps) == 3, 'a copy'
-    with pytest.raises(ValueError, match='nothing can follow'):
-        corrupted(dict(dataset=dict(type='Custom', pipeline=[dict(type='Resize')])), 'fog', 3)
     other = dict(dataset=dict(pipeline=[dict(type='LoadTiff'), dict(type='Resize')]))
     assert corrupted(other, 'fog', 3)['dataset']['pipeline'][1]['type'] == 'protune_mm.Corrupt'
     held = dict(dataset=dict(type='CIFAR10', pipeline=[dict(type='Resize')]))
@@ -100,6 +150,17 @@ def test_the_corruption_comes_right_after_the_image():
     assert first['dataset']['pipeline'][0] == dict(
         type='protune_mm.Corrupt', corruption='fog', severity=3, cache=False, rgb=True
     )
+    # Also sets of others: none of its steps loads.
+    assert corrupted(dict(dataset=dict(held['dataset'], type='MNIST')), 'fog', 3) == dict(
+        dataset=dict(first['dataset'], type='MNIST')
+    )
+    # In each of several joined sets, which may share their pipeline, once.
+    both = dict(dataset=dict(type='Joined', datasets=[plain['dataset'], held['dataset']] * 2))
+    got = corrupted(Config(both), 'fog', 3)['dataset']['datasets']
+    for one, two in (got[:2], got[2:]):
+        types = [step['type'] for step in one['dataset']['pipeline']]
+        assert types == ['LoadImageFromFile', 'protune_mm.Corrupt', 'Resize', 'LoadAnnotations']
+        assert [step.get('rgb') for step in two['pipeline']] == [True, None]
     with pytest.raises(ValueError, match='the test data set, CIFAR10, has no `pipeline`'):
         corrupted(dict(dataset=dict(type='CIFAR10')), 'fog', 3)
 

@@ -8,6 +8,8 @@ import shutil
 from copy import deepcopy
 from unittest.mock import Mock
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -313,6 +315,28 @@ def test_what_the_scenarios_need_is_looked_at_before_the_first_run(study, parts,
     plan = parts['plan'].Study(str(study(**{'steps=3,': f'steps=3, {more},'})))
     with pytest.raises(ValueError, match=f"task 'small': .*{message}"):
         parts['data_checks'].check_ready(plan, ['small'])
+
+
+@pytest.mark.parametrize(
+    ('scenarios', 'message'),
+    [
+        ('severities=[2]', 'severities: the first test image: ValueError: an image has 16x20 pix'),
+        (
+            "shifts=dict(flat=[dict(type='Collect', keys=['depth'])])",
+            "shifts.flat: the first test image: KeyError: 'depth'",
+        ),
+    ],
+)
+def test_the_first_image_is_changed_as_the_scenarios_ask(
+    study, parts, tmp_path, scenarios, message
+):
+    pytest.importorskip('imagecorruptions', reason='requirements/robustness.txt')
+    for picture in (tmp_path / 'classes').glob('*/*.png'):
+        cv2.imwrite(str(picture), np.zeros((16, 20, 3), np.uint8))
+    change = {'steps=3,': f'steps=3, scenarios=dict({scenarios}),'}
+    plan = parts['plan'].Study(str(study(**change)))
+    with pytest.raises(ValueError, match=rf"^task 'small', [^:]*: scenarios.{message}"):
+        parts['data_checks'].check_data(plan, plan.runs()[:1])
 
 
 @pytest.mark.parametrize(

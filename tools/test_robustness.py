@@ -78,8 +78,9 @@ def main() -> None:
     for attack in args.attacks:
         check_attack(runner.model, attack, args.budgets, answers)
     if not args.no_corruptions:
-        corrupted(cfg.test_dataloader, args.corruptions[0], 0)
         Corrupt(args.corruptions[0], 1)
+        first = corrupted(cfg.test_dataloader, args.corruptions[0], args.severities[0])
+        runner.build_dataloader(first).dataset[0]  # One of another shape or type, say.
         wanted = itertools.product(args.corruptions, args.severities)
         summary(1.0, dict.fromkeys(wanted, 0.0), per_cent(args.metric), baseline)
 

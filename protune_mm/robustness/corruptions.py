@@ -15,7 +15,7 @@ import numpy as np
 from mmcv.transforms import BaseTransform
 from mmengine.evaluator import BaseMetric
 
-from ..registry import TRANSFORMS
+from ..registry import TRANSFORMS, type_name
 
 CORRUPTIONS = (
     'gaussian_noise', 'shot_noise', 'impulse_noise', 'defocus_blur', 'glass_blur', 'motion_blur',
@@ -27,7 +27,7 @@ arXiv 1903.12261."""
 
 
 _corrupted_images: dict[tuple, np.ndarray] = {}
-"""Corrupted images by path, shape, corruption and severity."""
+"""Corrupted images by path, checksum of the image, shape, corruption and severity."""
 CACHE_BYTES = 2**30
 """What they take in one process, at most; images beyond are made anew each time."""
 
@@ -53,7 +53,9 @@ class Corrupt(BaseTransform):
         ValueError: the corruption or the severity is unknown.
         ModuleNotFoundError: the library is not installed.
 
-    Required key: ``img``, (H, W, 3), uint8. Optional key: ``img_path``. Changed key: ``img``.
+    Required key: ``img``, (H, W, 3), or (H, W) and (H, W, 1) in grey, from 32x32 pixels on, of any
+    type of number that holds whole pixels from 0 to 255, which it keeps. Optional key:
+    ``img_path``. Changed key: ``img``.
     """
 
     def __init__(
@@ -74,31 +76,74 @@ class Corrupt(BaseTransform):
         """Corrupt ``results['img']``.
 
         Raises:
-            ValueError: there is no image yet.
+            ValueError: there is no image yet, or one that the library does not take.
         """
         if not self.severity:
             return results
-        image = results.get('img')
-        if image is None:
-            raise ValueError('no image to corrupt: the data set has none, and no step loads it')
+        given = results.get('img')
+        if given is None:
+            raise ValueError(
+                'no image to corrupt: the data set has none, and no step before loads it (its '
+                "type has 'Load' in its name)"
+            )
+        image = _pixels(given)
         path = results.get('img_path') or hashlib.sha1(image.tobytes()).hexdigest()
-        key = (path, image.shape, self.corruption, self.severity)
-        made = _corrupted_images.get(key) if self.cache else None
+        key, made = (), None
+        if self.cache:  # Sets with several images in a file tell one path for all of them.
+            checksum = zlib.crc32(np.ascontiguousarray(image))
+            key = (path, checksum, image.shape, self.corruption, self.severity, self.rgb)
+            made = _corrupted_images.get(key)
         if made is None:
             made = self._made(image, zlib.crc32(f'{path} {self.corruption}'.encode()))
             held = sum(image.nbytes for image in _corrupted_images.values()) if self.cache else 0
             if self.cache and held + made.nbytes <= CACHE_BYTES:
                 _corrupted_images[key] = made
-        results['img'] = made.copy() if self.cache else made
+        results['img'] = made.astype(given.dtype, copy=self.cache)
         return results
 
     def _made(self, image: np.ndarray, seed: int) -> np.ndarray:
         # The library wants RGB, and some corruptions have a colour.
-        turn = slice(None, None, 1 if self.rgb else -1)
-        image = np.ascontiguousarray(image[..., turn])
+        coloured = image.ndim == 3 and image.shape[-1] == 3
+        turn = slice(None, None, -1 if coloured and not self.rgb else 1)
         with _seeded(seed):
-            made = self._corrupt(image, corruption_name=self.corruption, severity=self.severity)
+            made = self._corrupt(
+                np.ascontiguousarray(image[..., turn]) if coloured else image,
+                corruption_name=self.corruption,
+                severity=self.severity,
+            )
+        if not coloured:
+            # The library makes three channels of one; each of them is as noisy as it is to be.
+            return np.ascontiguousarray(made[..., 0]).reshape(image.shape)
         return np.ascontiguousarray(made[..., turn])
+
+
+def _pixels(image: np.ndarray) -> np.ndarray:
+    """An image as the library takes it.
+
+    Raises:
+        ValueError: it has another shape, is too small, or has no whole pixels from 0 to 255.
+    """
+    if image.ndim not in (2, 3) or image.shape[2:] not in ((), (1,), (3,)):
+        raise ValueError(
+            f'an image has the shape {image.shape}: corruptions are for (H, W, 3), and (H, W) or '
+            '(H, W, 1) in grey'
+        )
+    height, width = image.shape[:2]
+    if min(height, width) < 32:
+        raise ValueError(
+            f'an image has {height}x{width} pixels: corruptions need at least 32x32, so add a '
+            'Resize before them'
+        )
+    if image.dtype == np.uint8:
+        return image
+    with np.errstate(invalid='ignore'):  # Of what is no number.
+        whole = image.clip(0, 255).astype(np.uint8)
+    if not np.array_equal(whole, image):
+        raise ValueError(
+            f'an image of {image.dtype} has no whole pixels from 0 to 255, which corruptions are '
+            'for: leave the normalization to model.data_preprocessor'
+        )
+    return whole
 
 
 @contextmanager
@@ -141,45 +186,57 @@ def corrupted(dataloader: dict, corruption: str, severity: int, cache: bool = Fa
         corruption, severity, cache: as of :class:`Corrupt`.
 
     Raises:
-        ValueError: its data set has no pipeline, or none that loads an image.
+        ValueError: its data set has no pipeline.
     """
     step = dict(type='protune_mm.Corrupt', corruption=corruption, severity=severity, cache=cache)
-    _, loaded = _test_pipeline(dataloader)
-    return after_loading(dataloader, [step if loaded else dict(step, rgb=True)])
+    dataloader = copy.deepcopy(dataloader)
+    dataloader['dataset'] = _with_steps(
+        dataloader['dataset'], lambda held: [dict(step, rgb=True) if held else step]
+    )
+    return dataloader
 
 
 def after_loading(dataloader: dict, steps: list[dict]) -> dict:
     """A copy of a test dataloader's config with transforms right after an image is loaded.
 
-    CIFAR's data sets hold their images and load none: there the transforms come first.
+    Data sets that hold their images (CIFAR, MNIST) load none: there the transforms come first. Of
+    joined data sets each gets them.
 
     Args:
         dataloader: the config, unchanged.
         steps: the transforms.
 
     Raises:
-        ValueError: its data set has no pipeline, or none that loads an image.
+        ValueError: its data set has no pipeline.
     """
     dataloader = copy.deepcopy(dataloader)
-    pipeline, loaded = _test_pipeline(dataloader)
-    pipeline[loaded:loaded] = steps
+    dataloader['dataset'] = _with_steps(dataloader['dataset'], lambda held: steps)
     return dataloader
 
 
-def _test_pipeline(dataloader: dict) -> tuple[list[dict], int]:
-    """Transforms of a test dataloader's config, and how many it takes to have an image."""
-    dataset = dataloader['dataset']
-    while 'pipeline' not in dataset and 'dataset' in dataset:
-        dataset = dataset['dataset']
-    if not dataset.get('pipeline'):
+def _with_steps(dataset: dict, steps: Callable[[bool], list[dict]]) -> dict:
+    """A copy of a data set's config with transforms after the first that loads an image.
+
+    Args:
+        dataset: the config, unchanged: joined data sets may share a pipeline.
+        steps: makes them, from whether the data set holds its images, so that no step loads one.
+    """
+    dataset = copy.copy(dataset)
+    if dataset.get('datasets'):
+        dataset['datasets'] = [_with_steps(each, steps) for each in dataset['datasets']]
+    elif isinstance(dataset.get('dataset'), dict):
+        dataset['dataset'] = _with_steps(dataset['dataset'], steps)
+    elif dataset.get('pipeline'):
+        types = [type_name(step) for step in dataset['pipeline']]
+        loads = [i for i, name in enumerate(types) if 'Load' in name and 'Annotation' not in name]
+        place = loads[0] + 1 if loads else 0
+        before, after = dataset['pipeline'][:place], dataset['pipeline'][place:]
+        dataset['pipeline'] = [*before, *copy.deepcopy(steps(not loads)), *after]
+    else:
         raise ValueError(
             f'the test data set, {dataset.get("type")}, has no `pipeline`: no step can be added'
         )
-    types = [str(step.get('type')) for step in dataset['pipeline']]
-    loads = [i for i, name in enumerate(types) if 'Load' in name and 'Annotation' not in name]
-    if not loads and 'CIFAR' not in str(dataset.get('type')):
-        raise ValueError('the test pipeline has no LoadImageFromFile: nothing can follow it')
-    return dataset['pipeline'], loads[0] + 1 if loads else 0
+    return dataset
 
 
 _TO_ONE = {

@@ -107,6 +107,29 @@ def check_apart(cfg: Config) -> None:
             seen[split] = found
 
 
+def check_changed(cfg: Config, wanted: dict) -> None:
+    """Change the first test image as a task's scenarios ask, once for each kind of them.
+
+    Raises:
+        ValueError: that failed, as it would after the training.
+    """
+    loader = cfg.test_dataloader
+    changed = {
+        f'shifts.{name}': after_loading(loader, list(steps))
+        for name, steps in wanted.get('shifts', {}).items()
+    }
+    if wanted.get('severities'):
+        changed['severities'] = corrupted(loader, CORRUPTIONS[0], wanted['severities'][0])
+    with DefaultScope.overwrite_default_scope(library(cfg)):
+        for key, changing in changed.items():
+            try:
+                DATASETS.build(copy.deepcopy(changing['dataset']))[0]
+            except Exception as error:
+                raise ValueError(
+                    f'scenarios.{key}: the first test image: {type(error).__name__}: {error}'
+                ) from error
+
+
 def pipelines(dataset: dict) -> Iterator[list[dict]]:
     """Those of a data set's config, within its wrappers."""
     if 'pipeline' in dataset:
@@ -149,7 +172,8 @@ def check_data(study: Study, runs: Iterable[Run]) -> None:
     """Build the data sets of each task, fraction and seed of some runs, before the first of them.
 
     Raises:
-        ValueError: a fraction leaves a class empty, or two splits have an image in common.
+        ValueError: a fraction leaves a class empty, two splits have an image in common, or an
+            image cannot be changed as the scenarios ask.
     """
     first = {(run.task, run.fraction, run.seed): run for run in runs}
     for run in first.values():
@@ -158,7 +182,9 @@ def check_data(study: Study, runs: Iterable[Run]) -> None:
             check_rest(cfg.train_dataloader, cfg.val_dataloader)
             check_apart(cfg)
             task = study.tasks[run.task]
-            check_evaluators(cfg, task.get('scenarios', {}).get('every', 1))
+            wanted = task.get('scenarios', {})
+            check_evaluators(cfg, wanted.get('every', 1))
+            check_changed(cfg, wanted)
         except ValueError as error:
             where = f"task '{run.task}', fraction {run.fraction:g}, seed {run.seed}"
             raise ValueError(f'{where}: {error}') from error
