@@ -17,6 +17,7 @@ from protune_mm.robustness import (
     PixelModel,
     ShotAccuracy,
     attacks,
+    check_metric,
     corrupted,
     per_cent,
     robust_accuracy,
@@ -205,11 +206,28 @@ def test_summary():
         ('lvis/bbox_AP', False), ('pascal_voc/AP50', False), ('pascal_voc/mAP', False),
         ('openimages/AP50', False), ('fruit/bbox_mAP', False),
         ('a/coco/bbox_mAP', False), ('cityscapes/mAP', False), ('crowd_human/AP', False),
-        ('averageScoreCategories', False),
+        ('averageScoreCategories', False), ('coco/occluded_recall', True), ('d1', False),
     ],
 )  # fmt: skip
 def test_which_scores_go_to_1(metric, to_100):
     assert per_cent(metric) is to_100
+
+
+@pytest.mark.parametrize(
+    ('metric', 'lower'),
+    [
+        ('rmse', True), ('crowd_human/mMR', True), ('val/loss', True), ('loss_cls', True),
+        ('depth/abs_rel', True), ('error', True),
+        ('crowd_human/mAP', False), ('accuracy/top1', False), ('mIoU', False), ('d1', False),
+        ('my/score', False), ('coco/bbox_mAP', False),
+    ],
+)  # fmt: skip
+def test_a_metric_that_is_better_where_it_is_lower_is_refused(metric, lower):
+    if not lower:
+        check_metric(metric)
+        return
+    with pytest.raises(ValueError, match=f"metric '{metric}' is better where it is lower, and"):
+        check_metric(metric)
 
 
 @pytest.fixture
@@ -583,6 +601,9 @@ def test_the_tool_on_a_classifier(trained_cls, tmp_path):
         'tools/test_robustness.py', *common[:3], 'accuracy', *common[4:6], *FEW, check=False
     )
     assert '--metric accuracy: there are accuracy/top1' in wrong.stderr
+    lower = run_tool('tools/test_robustness.py', *common[:3], 'rmse', *common[4:6], check=False)
+    assert "metric 'rmse' is better where it is lower" in lower.stderr
+    assert 'clean:' not in lower.stdout
 
 
 def test_the_tool_on_a_detector_and_a_segmentor(trained, trained_seg, shapes, tmp_path):

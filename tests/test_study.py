@@ -277,6 +277,7 @@ def test_bad_input(study, tmp_path, change, more, message):
         ("['accuracy/top1']", "'mIoU'", "task 'small': metrics='mIoU' is no list: use ['mIoU']"),
         ("['accuracy/top1']", '[]', "task 'small': metrics=[] names none"),
         ("['accuracy/top1']", "['mIoU', 'mIoU']", "metrics=['mIoU', 'mIoU'] names one twice"),
+        ("['accuracy/top1']", "['rmse']", "task 'small': metric 'rmse' is better where it"),
         ('steps=3,', 'steps=3, scenarios=dict(severities=3),', 'severities=3 is no list: use [3]'),
         ('steps=3,', 'steps=3, scenarios=dict(every=0),', 'every=0: use a whole number from 1'),
         ('steps=3,', 'steps=3, scenarios=dict(every=1.5),', 'every=1.5: use a whole number from 1'),

@@ -31,6 +31,7 @@ from protune_mm.robustness import (
     AttackLoop,
     Corrupt,
     check_attack,
+    check_metric,
     corrupted,
     found_nothing,
     per_cent,
@@ -66,6 +67,7 @@ def main() -> None:
     how = cfg.get('test_cfg') or {}
     if 'type' in how and type_name(how) != TestLoop.__name__:
         parser.error(f"test_cfg.type={how['type']}: this tool tests by mmengine's TestLoop alone")
+    check_metric(args.metric)
     about = about_test(args, cfg)
     cfg.load_from = args.checkpoint
     cfg.resume = False  # As in test.py.

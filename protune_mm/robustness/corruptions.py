@@ -14,6 +14,7 @@ from statistics import mean
 import numpy as np
 from mmcv.transforms import BaseTransform
 from mmengine.evaluator import BaseMetric
+from mmengine.hooks import CheckpointHook
 
 from ..registry import TRANSFORMS, type_name
 
@@ -244,8 +245,16 @@ _TO_ONE = {
     'youtube_vis',
 }  # fmt: skip
 """Prefixes of MMDetection's metrics whose scores go to 1; all others go to 100."""
-_TO_ONE_ALONE = {'averageScoreCategories', 'averageScoreInstCategories'}
-"""Scores of MMSegmentation's ``CityscapesMetric``, which has no prefix; they go to 1."""
+_TO_ONE_ALONE = {'averageScoreCategories', 'averageScoreInstCategories', 'd1', 'd2', 'd3'}
+"""Scores of MMSegmentation's ``CityscapesMetric`` and ``DepthMetric``, which have no prefix; they
+go to 1."""
+_TO_100 = {'occluded_recall', 'separated_recall'}
+"""Scores of MMDetection's ``CocoOccludedSeparatedMetric``, among others that go to 1."""
+_ERRORS = {
+    'mmr', 'rmse', 'rmse_log', 'abs_rel', 'sq_rel', 'log10', 'silog', 'mae', 'mse', 'error', 'epe',
+    'nme', 'fid',
+}  # fmt: skip
+"""Names of scores, in lower case, of which the least is the best."""
 
 
 def per_cent(metric: str) -> bool:
@@ -257,7 +266,26 @@ def per_cent(metric: str) -> bool:
     """
     *prefixes, last = metric.split('/')
     ap = re.match(r'(bbox|segm|proposal)_m?A[PR]', last)
-    return not (_TO_ONE.intersection(prefixes) or ap or last in _TO_ONE_ALONE)
+    to_one = _TO_ONE.intersection(prefixes) or ap or last in _TO_ONE_ALONE
+    return last in _TO_100 or not to_one
+
+
+def check_metric(metric: str) -> None:
+    """Refuse a metric of which the least is the best, where the most would be chosen.
+
+    Args:
+        metric: see :func:`per_cent`. One of an unknown name counts as better where it is higher.
+
+    Raises:
+        ValueError: it is one.
+    """
+    last = metric.rpartition('/')[2].lower()
+    losses = CheckpointHook._default_less_keys
+    if last in _ERRORS or any(key in last for key in losses):
+        raise ValueError(
+            f"metric '{metric}' is better where it is lower, and a higher score is to be better: "
+            'write a metric that returns 100 minus it'
+        )
 
 
 def found_nothing(metric: str, scores: Mapping[str, float], metrics: Iterable[BaseMetric]) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from protune_mm.robustness import check_budgets
+from protune_mm.robustness import check_budgets, check_metric
 
 from .methods import METHODS
 from .runs import is_rate
@@ -92,6 +92,11 @@ def _check_task(study: Study, name: str) -> None:
             raise ValueError(f'{where}: {key}=[] names none')
         if len({*choices}) < len(choices):
             raise ValueError(f'{where}: {key}={list(choices)} names one twice: leave it out')
+    for metric in task['metrics']:
+        try:
+            check_metric(metric)
+        except ValueError as error:
+            raise ValueError(f'{where}: {error}') from error
     _check_methods(study, f'{where}: options', task.get('options', ()))
     for key in ('prompt_lr_mult', 'full_lr_mult'):
         if not task.get(key, 1) > 0:
