@@ -79,15 +79,17 @@ def test_runs_are_told_apart_and_all_policies_have_their_line(monkeypatch):
     assert '\n| bias |' in text
 
 
-def test_bad_input_is_told_before_the_training(monkeypatch, capsys):
+def test_bad_input_is_told_before_the_training(monkeypatch, capsys, tmp_path):
     monkeypatch.syspath_prepend(str(ROOT / 'tools'))
     import compare
 
+    (tmp_path / 'README.md').write_text('# My project\n')
     for arguments, message in (
         ((SHAPES, '--policies', 'biases'), "policy='biases' is unknown"),
         (('configs/upernet_protune_r50_ade20k.py',), 'counts no epochs'),
         ((SHAPES, '--cfg-options', f'{BEST}=auto'), "save_best='auto': it has to name one score"),
         ((SHAPES, '--cfg-options', f'{BEST}=[a,b]'), "save_best=['a', 'b']: it has to name"),
+        ((SHAPES, '--out', str(tmp_path)), 'README.md is there, and this tool has not written it'),
     ):
         monkeypatch.setattr('sys.argv', ['compare.py', *arguments])
         with pytest.raises((ValueError, SystemExit)) as caught:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -78,6 +79,29 @@ def test_a_line_that_was_cut_off_is_done_again(results, capsys):
     assert len(results().known) == 2
     lines = run.path.read_text().splitlines()
     assert sorted(json.loads(line)['key'] for line in lines) == ['good a', 'good b']
+
+
+def test_two_processes_lose_nothing_of_each_other(results, capsys):
+    from jobs import hold
+
+    one, two = results(), results()
+    with one.path.open('a') as theirs:
+        hold(theirs)
+        waiting = threading.Thread(target=two.add, args=[dict(key='b')])
+        waiting.start()
+        waiting.join(0.5)
+        assert waiting.is_alive()
+        # Of a process that died while it wrote.
+        theirs.write('{"key": "a"}\n{"key": "lo')
+    waiting.join()
+    assert one.path.read_text() == '{"key": "a"}\n{"key": "b"}\n'
+    one.failed = {'b': 'the process died', 'c': 'a mistake'}
+    one.read_again()
+    assert list(one.known) == ['a', 'b']
+    assert list(one.failed) == ['c'], 'the other has had it'
+    one.path.write_text('{"key": "a"}')  # Only the end of the line was lost.
+    one.mend()
+    assert one.path.read_text() == '{"key": "a"}\n'
 
 
 SLEEPER = """

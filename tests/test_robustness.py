@@ -1,5 +1,7 @@
 """Corruptions, attacks, shots and class maps: known answers; the tool on all three libraries."""
 
+import argparse
+import importlib
 import json
 
 import numpy as np
@@ -23,7 +25,7 @@ from protune_mm.robustness import (
     robust_accuracy,
     summary,
 )
-from tests.conftest import run_tool
+from tests.conftest import ROOT, run_tool
 from tests.small_runs import QUICK, SHAPES, data
 
 corruptions = pytest.importorskip('imagecorruptions', reason='requirements/robustness.txt')
@@ -604,6 +606,33 @@ def test_the_tool_on_a_classifier(trained_cls, tmp_path):
     lower = run_tool('tools/test_robustness.py', *common[:3], 'rmse', *common[4:6], check=False)
     assert "metric 'rmse' is better where it is lower" in lower.stderr
     assert 'clean:' not in lower.stdout
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+    return importlib.import_module('test_robustness')
+
+
+def test_two_processes_with_one_file_keep_the_scores_of_both(tool, tmp_path):
+    file = str(tmp_path / 'robust.json')
+    one, two = tool.Scores(file, dict(metric='a')), tool.Scores(file, dict(metric='a'))
+    one.note({'fog 1': 1, 'mCE over baseline': 3})
+    two.note({'snow 1': 2}, but='mCE over baseline')
+    one.note({'clean': 4})
+    assert json.loads((tmp_path / 'robust.json').read_text())['scores'] == one.known
+    assert one.known == {'fog 1': 1, 'snow 1': 2, 'clean': 4}
+    (tmp_path / 'robust.json').unlink()
+    tool.Scores(file, dict(metric='b')).note({'clean': 5})
+    with pytest.raises(ValueError, match='has the scores of another metric: metric b, here a'):
+        two.note({'fog 2': 1})
+
+
+def test_a_checkpoint_may_be_an_address(tool):
+    address = 'https://download.openmmlab.com/a.pth'
+    args = argparse.Namespace(checkpoint=address, metric='accuracy/top1')
+    about = tool.about_test(args, Config(dict(test_dataloader=dict())))
+    assert (about['checkpoint'], about['checkpoint written at']) == (address, None)
 
 
 def test_the_tool_on_a_detector_and_a_segmentor(trained, trained_seg, shapes, tmp_path):

@@ -663,6 +663,16 @@ def test_a_report_tells_its_whole_command_and_note(study, tmp_path):
     assert '\nOf eighteen pictures.\n' in text
 
 
+def test_a_document_of_others_is_not_written_over(study, tmp_path):
+    (tmp_path / 'README.md').write_text('# My project\n')
+    done = run(study(), tmp_path, check=False)
+    assert done.stderr.strip().endswith(
+        'README.md is there, and this tool has not written it: name another folder by --out'
+    )
+    assert done.stdout == '', 'told before anything else'
+    assert (tmp_path / 'README.md').read_text() == '# My project\n'
+
+
 def test_a_long_tail_counts_the_images_that_are_left(study, parts):
     plan = parts['plan'].Study(str(study(**{'steps=3': 'steps=3, long_tail=2', '[1.0]': '[0.7]'})))
     cfg = parts['run_config'].config_of(plan, plan.runs()[0], '')

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from jobs import Results
+from jobs import Results, check_document
 from mmengine.config import Config, DictAction
 from mmengine.hooks import CheckpointHook
 
@@ -31,6 +31,8 @@ TOOLS = Path(__file__).parent
 ROOT = TOOLS.resolve().parent
 ORDER = ('head-only', 'prompts', 'full')
 TITLES = {'head-only': 'head-only', 'prompts': 'Pro-tuned', 'full': 'full fine-tuning'}
+
+TITLE = '# Real runs: head-only, Pro-tuned and full fine-tuning'
 
 
 def main() -> None:
@@ -58,6 +60,7 @@ def main() -> None:
                 "it has to name one score, such as 'coco/bbox_mAP'"
             )
     out = Path(args.out)
+    check_document(out / 'README.md', TITLE)
     out.mkdir(parents=True, exist_ok=True)
     results = out / 'results.jsonl'
     plan = [(config, policy) for config in args.configs for policy in args.policies]
@@ -201,7 +204,7 @@ def table(rows: list) -> str:
     """The document: a summary, then one table a config, with the commands and what they ran on."""
     rows = titled(rows)
     order = [*dict.fromkeys([*ORDER, *(row['policy'] for row in rows)])]
-    text = ['# Real runs: head-only, Pro-tuned and full fine-tuning', '']
+    text = [TITLE, '']
     text += [
         'Real images and real ImageNet weights, same steps, seed and data for each policy. The',
         'checkpoint is picked on the validation split and scored on the test split, and so is the',

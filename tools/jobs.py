@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import logging
 import multiprocessing
@@ -10,10 +11,11 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -22,6 +24,28 @@ DIED = 'the process died'  # The reason where one ended without a result.
 
 class HopelessError(ValueError):
     """What is wrong with more than one job: no other is begun."""
+
+
+def hold(file: TextIO) -> None:
+    """Wait until no other process holds an open file, and hold it until it is closed."""
+    with contextlib.suppress(OSError):  # A file system without locks.
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def check_document(file: Path, start: str) -> None:
+    """Refuse to write over a document that is not the tool's own.
+
+    Args:
+        file: where the tool would write its document.
+        start: how that begins.
+
+    Raises:
+        ValueError: the file is there and begins otherwise.
+    """
+    if file.exists() and not file.read_text().startswith(start):
+        raise ValueError(
+            f'{file} is there, and this tool has not written it: name another folder by --out'
+        )
 
 
 class Results:
@@ -70,16 +94,31 @@ class Results:
 
     def mend(self) -> None:
         """Take half a line off the end, so that what is noted next is a line of its own."""
-        whole, is_all = self._whole()
-        if not is_all:
-            part = self.path.with_suffix('.part')
-            part.write_text(whole)
-            part.replace(self.path)
+        if not self._whole()[1]:
+            with self._held():
+                pass
 
     def add(self, row: dict) -> None:
         """Put a result at the end of the file, which others may write to as well."""
-        with self.path.open('a') as out:
+        with self._held() as out:
             out.write(''.join(json.dumps(line) + '\n' for line in self.to_lines(row)))
+
+    @contextlib.contextmanager
+    def _held(self) -> Iterator[TextIO]:
+        """The file, of whole lines, to write to its end while no other process does."""
+        with self.path.open('a') as out:
+            hold(out)
+            whole, is_all = self._whole()
+            if not is_all:
+                # In place: another file of this name would not be the one that others hold.
+                lost = len(whole.encode()) - self.path.stat().st_size
+                out.write('\n') if lost > 0 else out.truncate(len(whole.encode()))
+            yield out
+
+    def read_again(self) -> None:
+        """See what other processes have noted since."""
+        self.known = self.from_lines(self._read())
+        self.failed = {key: why for key, why in self.failed.items() if key not in self.known}
 
     def from_lines(self, lines: list[dict]) -> dict[str, dict]:
         """Key to result, from what the file holds."""

@@ -26,7 +26,7 @@ import torch
 from jobs import Results
 from study_parts.data_checks import check_data, check_ready
 from study_parts.plan import Study
-from study_parts.report import write_report
+from study_parts.report import document, write_report
 from study_parts.runs import Run
 from study_parts.training import train
 
@@ -72,6 +72,7 @@ def main() -> None:
         return
     study.results_name = args.results
     out = Path(args.out or Path('work_dirs', 'study', Path(args.study).stem))
+    document(out, args.results)  # Perhaps another's.
     out.mkdir(parents=True, exist_ok=True)
     planned = runs = study.runs()
     for name in ('task', 'method', 'fraction'):
@@ -92,6 +93,7 @@ def main() -> None:
         check_data(study, [run for run in runs if run.key not in results.known])
         job = functools.partial(train, args.study, settings=settings)
         results.work(job, [run.key for run in runs])
+        results.read_again()  # Another process may have had a part of the runs.
     lines = [line for row in results.known.values() for line in row['lines']]
     if lines:
         write_report(study, lines, out, args.results)
@@ -116,6 +118,7 @@ class StudyResults(Results):
 
     def __init__(self, path: Path, processes: int, settings: dict[str, str]) -> None:
         self.settings = settings
+        self.told: set[str] = set()
         super().__init__(path, processes)
 
     def from_lines(self, lines: list[dict]) -> dict[str, dict]:
@@ -134,8 +137,9 @@ class StudyResults(Results):
             (changed.difference(found), 'of other settings'),
             (unplanned, 'not planned'),
         ):
-            if keys:
+            if keys and why not in self.told:
                 print(f'{self.path}: {len(keys)} runs {why} ignored')
+                self.told.add(why)
         return {
             key: dict(key=key, lines=list(metrics.values()))
             for key, metrics in found.items()

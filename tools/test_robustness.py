@@ -19,6 +19,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from jobs import hold
 from mmengine.config import Config
 from mmengine.runner import TestLoop
 from torch.utils.data import DataLoader
@@ -125,9 +126,12 @@ def main() -> None:
             )
     if found:
         part = part_of(args.corruptions, args.severities)
-        scores.known.pop(f'mCE over baseline{part}', None)  # It may be over another one.
         means = summary(clean, found, per_cent(args.metric), baseline)
-        scores.note({f'{name}{part}': value for name, value in means.items()})
+        # What is there may be over another baseline.
+        scores.note(
+            {f'{name}{part}': value for name, value in means.items()},
+            but=f'mCE over baseline{part}',
+        )
     for attack in args.attacks:
         # What a smaller budget breaks counts as broken by a larger one, so all belong together.
         kind = 'standard autoattack' if attack == 'autoattack' else attack
@@ -201,9 +205,10 @@ def about_test(args: argparse.Namespace, cfg: Config) -> dict:
     loader = whole['test_dataloader']
     tested['test_dataloader'] = {k: v for k, v in loader.items() if k not in LOADING}
     text = json.dumps(tested, sort_keys=True, default=str)
+    file = None if '://' in args.checkpoint else Path(args.checkpoint)
     return {
-        'checkpoint': str(Path(args.checkpoint).resolve()),
-        'checkpoint written at': Path(args.checkpoint).stat().st_mtime,
+        'checkpoint': str(file.resolve()) if file else args.checkpoint,
+        'checkpoint written at': file.stat().st_mtime if file else None,
         'metric': args.metric,
         # Of model, test set and evaluator: config, options and --policy.
         'config with digest': hashlib.sha1(text.encode()).hexdigest()[:12],
@@ -228,15 +233,20 @@ class Scores:
         if not self.file:
             return
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        if self.file.exists():
-            before = read_scores(self.file)
-            for key, value in self.about.items():
-                if before['about'].get(key) != value:
-                    raise ValueError(
-                        f'{self.file} has the scores of another {SHORT.get(key, key)}: {key} '
-                        f'{before["about"].get(key)}, here {value}; name another file'
-                    )
-            self.known = before['scores']
+        self._read()
+
+    def _read(self) -> None:
+        """Take the scores of the file, if it is there."""
+        if not self.file.exists():
+            return
+        before = read_scores(self.file)
+        for key, value in self.about.items():
+            if before['about'].get(key) != value:
+                raise ValueError(
+                    f'{self.file} has the scores of another {SHORT.get(key, key)}: {key} '
+                    f'{before["about"].get(key)}, here {value}; name another file'
+                )
+        self.known = before['scores']
 
     def once(self, name: str, compute: object) -> object:
         """A score that is there, or computed now."""
@@ -244,15 +254,29 @@ class Scores:
             self.note({name: compute()})
         return self.known[name]
 
-    def note(self, scores: dict) -> None:
-        """Show scores and write all of them."""
-        self.known.update(scores)
+    def note(self, scores: dict, but: str = '') -> None:
+        """Show scores and write all of them, those of other processes that test included.
+
+        Args:
+            scores: by name.
+            but: name of a score that is not kept, unless it is among them.
+        """
         for name, value in scores.items():
             print(f'{name}: {value}', flush=True)
-        if self.file:
+        if not self.file:
+            self._take(scores, but)
+            return
+        with self.file.with_name(f'.{self.file.name}.lock').open('a') as lock:
+            hold(lock)
+            self._read()
+            self._take(scores, but)
             part = self.file.with_suffix('.part')
             part.write_text(json.dumps(dict(about=self.about, scores=self.known), indent=1) + '\n')
             part.replace(self.file)
+
+    def _take(self, scores: dict, but: str) -> None:
+        self.known.pop(but, None)
+        self.known.update(scores)
 
 
 if __name__ == '__main__':

@@ -6,6 +6,8 @@ import math
 from collections import Counter
 from pathlib import Path
 
+from jobs import check_document
+
 from .cells import cells, hundredths, lead, mean, share
 from .claim import by_scenario, together, verdict
 from .plan import Study
@@ -20,9 +22,28 @@ PARTS = (
 """What a table has to say where rates have a part of the multiples."""
 
 
+START = {
+    True: '# Study\n\nTest scores, mean and standard deviation over seeds',
+    False: '# Ablations\n\nValidation scores, mean and standard deviation over seeds',
+}
+"""How the document begins, by whether it has test scores."""
+
+
+def document(out: Path, name: str) -> tuple[Path, bool]:
+    """The file of a report on some results, and whether it has test scores.
+
+    Raises:
+        ValueError: the file is there, and no report.
+    """
+    final = name == 'results.jsonl'
+    file = out / f'{"README" if final else Path(name).stem}.md'
+    check_document(file, START[final])
+    return file, final
+
+
 def write_report(study: Study, lines: list[dict], out: Path, name: str) -> None:
     """Write OUT/README.md (or another name for other results, whose table has no test scores)."""
-    final = name == 'results.jsonl'
+    file, final = document(out, name)
     found = cells(study, lines)
     if not final:
         # Under corruption and attack, too, the validation score is the clean one.
@@ -31,10 +52,9 @@ def write_report(study: Study, lines: list[dict], out: Path, name: str) -> None:
             for (task, fraction, metric), methods in found.items()
             if metric in study.tasks[task]['metrics']
         }
-    stem = 'README' if final else Path(name).stem
+    stem = file.stem
     pictures = {place: draw(place, methods, out, stem, final) for place, methods in found.items()}
     by_labels = draw_fractions(found, out, stem) if final else []
-    file = out / f'{stem}.md'
     text = report(study, found, lines, pictures, by_labels, out, final)
     file.write_text(text)
     print(text)
@@ -51,16 +71,13 @@ def report(
     final: bool,
 ) -> str:
     """The document."""
-    shown = 'Test scores' if final else 'Validation scores'
     which = 'test scores' if final else 'validation'
     page = 'findings.md' if final else 'form.md'
     meaning = f' [{page}]({page}) says what the numbers mean.' if (out / page).exists() else ''
     more = '' if final else f' --results {study.results_name}'
     more += f' --out {out}'
     text = [
-        '# Study' if final else '# Ablations',
-        '',
-        f'{shown}, mean and standard deviation over seeds, at the learning rate with the best',
+        f'{START[final]}, at the learning rate with the best',
         'mean validation score of the first metric; the same grid of rates, steps and seeds for',
         'every method; * where that rate is at an end of the grid, = where a higher one has the',
         'same validation score. "ahead": points of the named method over that of the line, by',
