@@ -363,6 +363,22 @@ def test_no_image_is_in_two_splits(study, parts, change, message):
     check_data(plan, plan.runs()[:1])
 
 
+def test_an_image_is_the_same_by_another_path(study, parts, tmp_path):
+    (tmp_path / 'link').symlink_to(tmp_path / 'classes')
+    options = "'val_dataloader.dataset.indices': [0], 'val_dataloader.dataset.data_root': 'LINK'"
+    options = options.replace('LINK', str(tmp_path / 'link'))
+    plan = parts['plan'].Study(str(study(**{'steps=3,': f'steps=3, cfg_options={{{options}}},'})))
+    with pytest.raises(ValueError, match='1 of 1 images of its val split are in its train split'):
+        parts['data_checks'].check_data(plan, plan.runs()[:1])
+
+
+def test_images_that_cannot_be_told_apart_are_an_error(parts):
+    image_of = parts['data_checks']._image_of
+    assert image_of(dict(img=torch.ones(2, dtype=torch.uint8)), 'val') == b'\1\1'
+    with pytest.raises(ValueError, match='of its val split have neither img_path nor img, so'):
+        image_of(dict(video_path='a.mp4'), 'val')
+
+
 def test_a_metric_that_is_not_there_is_no_divergence(study, tmp_path):
     file = study(methods=('head-only',), **{'accuracy/top1': 'accuracy/top7'})
     done = run(file, tmp_path / 'out', check=False)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterable, Iterator
 
+import numpy as np
 from mmengine.config import Config
 from mmengine.registry import DATASETS, TRANSFORMS, DefaultScope
 
@@ -88,15 +90,13 @@ def check_apart(cfg: Config) -> None:
     """Refuse a task that trains on images it chooses or is tested by, or chooses by test images.
 
     Raises:
-        ValueError: two of its splits have an image in common.
+        ValueError: two of its splits have an image in common, or it cannot be told.
     """
     seen: dict[str, set] = {}
     with DefaultScope.overwrite_default_scope(library(cfg)):
         for split in ('train', 'val', 'test'):
             dataset = DATASETS.build(copy.deepcopy(cfg[f'{split}_dataloader'].dataset))
-            infos = (dataset.get_data_info(i) for i in range(len(dataset)))
-            # Sets such as CIFAR hold their images and have no paths.
-            found = {info.get('img_path') or info['img'].tobytes() for info in infos}
+            found = {_image_of(dataset.get_data_info(i), split) for i in range(len(dataset))}
             for other, images in seen.items():
                 if found & images:
                     raise ValueError(
@@ -105,6 +105,18 @@ def check_apart(cfg: Config) -> None:
                         'protune_mm.FewLabels and its rest=True, or by `indices`'
                     )
             seen[split] = found
+
+
+def _image_of(info: dict, split: str) -> str | bytes:
+    """What tells an image from all others: its file, by whatever path, or what it is."""
+    if info.get('img_path'):
+        return os.path.realpath(info['img_path'])
+    if 'img' in info:  # Sets such as CIFAR hold their images and have no paths.
+        return np.asarray(info['img']).tobytes()
+    raise ValueError(
+        f'images of its {split} split have neither img_path nor img, so it cannot be told whether '
+        'its splits share some: let get_data_info of the data set return one of these'
+    )
 
 
 def check_changed(cfg: Config, wanted: dict) -> None:
