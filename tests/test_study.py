@@ -200,7 +200,11 @@ def test_scenarios(study):
         (dict(), ('--jobs', '0'), '--jobs 0: at least one run has to go on'),
         (dict(classifier='one_split'), ('--run', 'small lora 1 0.1 0'), 'give them images of'),
         (dict(classifier='one_split'), (), 'give them images of'),
-        (dict(fractions=(0.05,)), (), "task 'small', fraction 0.05, seed 0: fraction=0.05 leaves"),
+        (
+            {'steps=3': 'steps=3, validate_on_rest=True', '[1.0]': '[0.9]'},
+            (),
+            "task 'small', fraction 0.9, seed 0: fraction=0.9 (rest) leaves none of 8 images",
+        ),
         (
             {'steps=3': 'steps=3, scenarios=dict(attacks=dict(autoattack=[1]))'},
             ('--run', 'small lora 1 0.1 0'),

@@ -71,6 +71,26 @@ def test_fractions_are_nested_and_fixed_by_the_seed():
     assert len(FewLabels(data, 1.0)) == 160
 
 
+def test_one_image_of_a_small_class_stays():
+    data = classes(100, 9, 4)
+    parts = [FewLabels(data, fraction, seed=2) for fraction in (0.04, 0.05, 0.2)]
+    counts = [np.bincount([p.get_data_info(i)['gt_label'] for i in range(len(p))]) for p in parts]
+    assert [count.tolist() for count in counts] == [[4, 1, 1], [5, 1, 1], [20, 2, 1]]
+    assert set(shown(parts[0])) < set(shown(parts[1])) < set(shown(parts[2]))
+    rest = FewLabels(data, 0.05, seed=2, rest=True)
+    assert not set(shown(rest)) & set(shown(parts[1])), 'the rest is without them'
+
+
+def test_a_part_without_a_class_is_shown_where_that_is_wanted(masks):
+    data, whole = boxes(*[(0, 1)] * 50, (2,)), Labelled(masks)
+    assert len(FewLabels(data, 0.1, allow_missing=True)) == 5
+    assert len(FewLabels(classes(100, 4), 0.9, rest=True, allow_missing=True)) == 10
+    for seed in range(4):
+        assert len(FewLabels(whole, 0.1, seed, allow_missing=True)) == 2
+    with pytest.raises(ValueError, match='leaves none of 3 images'):
+        FewLabels(Labelled([{}] * 3), 0.1, allow_missing=True)
+
+
 def test_detection_draws_images():
     data = boxes(*[(0, 1)] * 30, *[(1, 2)] * 30)
     assert len(FewLabels(data, 0.25)) == 15
@@ -257,13 +277,16 @@ def test_the_rest_is_what_was_not_chosen():
     [
         (lambda: FewLabels(classes(9, 9), 0), 'fraction=0 is no part'),
         (lambda: FewLabels(classes(9, 9), 1.5), 'fraction=1.5 is no part'),
-        (lambda: FewLabels(classes(100, 4), 0.1), r"leaves no image of class 'tulip', which 4 of"),
-        (lambda: FewLabels(boxes(*[(0,)] * 50, (2,)), 0.1), r"leaves no image of class 'daisy'"),
+        (
+            lambda: FewLabels(boxes(*[(0, 1)] * 50, (2,)), 0.1),
+            r"leaves no image of class 'daisy', which 1 of 51 .* larger fraction, another seed or",
+        ),
         (lambda: FewLabels(Labelled([{}] * 3), 0.1), 'leaves none of 3 images'),
         (
             lambda: FewLabels(classes(100, 4), 0.9, rest=True),
-            r"fraction=0.9 \(rest\) leaves no image of class 'tulip', which 4 of",
+            r"\(rest\) leaves no image of class 'tulip', which 4 of .* a smaller fraction or allow",
         ),
+        (lambda: FewLabels(classes(4, 4), 1, rest=True), r'1 \(rest\) leaves none of 8 images'),
         (lambda: LongTailed(classes(9, 9, 9), 0.5), 'ratio=0.5 is below 1'),
         (lambda: LongTailed(classes(9, 9, 9), 50), "ratio=50 leaves no image of class 'daisy'"),
         (lambda: LongTailed(classes(9, 0, 9), 2), "LongTailed: no image has class 'tulip'"),

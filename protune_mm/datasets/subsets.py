@@ -111,7 +111,8 @@ class Subset:
             if lost:  # Else no image of the whole set has it.
                 raise ValueError(
                     f'{masks} of {len(self.dataset)} images leave no pixel of class '
-                    f"'{self.class_name(min(lost))}': use a larger fraction or another seed"
+                    f"'{self.class_name(min(lost))}': use another fraction, another seed or "
+                    'allow_missing=True'
                 )
 
     def choose(self, labels: list[set[int]]) -> list[int]:
@@ -164,7 +165,7 @@ class FewLabels(Subset):
     """A fraction of a training set.
 
     A smaller fraction with the same seed is part of a larger one. Classification keeps the share
-    of every class; detection and segmentation draw images.
+    of every class, and of each at least one image; detection and segmentation draw images.
 
     Args:
         dataset: config of the data set, or the data set itself.
@@ -172,9 +173,10 @@ class FewLabels(Subset):
         seed: which images are chosen. Default 0.
         rest: show the images that are not chosen instead, for validation. Default False.
         lazy_init: wait until the first use. Default False.
+        allow_missing: show the part also where it has no image of a class. Default False.
 
     Raises:
-        ValueError: the fraction is out of range, or leaves a class without an image.
+        ValueError: the fraction is out of range, or leaves no image, or none of a class.
     """
 
     def __init__(
@@ -184,34 +186,42 @@ class FewLabels(Subset):
         seed: int = 0,
         rest: bool = False,
         lazy_init: bool = False,
+        allow_missing: bool = False,
     ) -> None:
         if not 0 < fraction <= 1:
             raise ValueError(f'fraction={fraction} is no part of a training set: use 0 to 1')
-        self.fraction, self.rest = fraction, rest
+        self.fraction, self.rest, self.allow_missing = fraction, rest, allow_missing
         super().__init__(dataset, seed, lazy_init)
+
+    def _check_masks(self) -> None:
+        if not self.allow_missing:
+            super()._check_masks()
 
     def choose(self, labels: list[set[int]]) -> list[int]:
         """See :class:`Subset`."""
         order = np.random.RandomState(self.seed).permutation(len(labels)).tolist()
-        if labels and all(len(found) == 1 for found in labels):
+        single = bool(labels) and all(len(found) == 1 for found in labels)
+        if single:
             chosen = []
             for label in sorted(set.union(*labels)):
                 mine = [i for i in order if label in labels[i]]
-                chosen += mine[: round(self.fraction * len(mine))]
+                # Of a small class one, as it is no larger with another seed.
+                chosen += mine[: max(1, round(self.fraction * len(mine)))]
         else:
             chosen = order[: round(self.fraction * len(labels))]
         if self.rest:
             chosen = sorted(set(order) - set(chosen))
-        left = set().union(*(labels[i] for i in chosen))
-        for label in sorted(set().union(*labels) - left):
-            count = sum(label in found for found in labels)
-            part = f'fraction={self.fraction}{" (rest)" if self.rest else ""}'
-            raise ValueError(
-                f"{part} leaves no image of class '{self.class_name(label)}', "
-                f'which {count} of {len(labels)} images have: use a larger fraction or another seed'
-            )
+        part = f'fraction={self.fraction}{" (rest)" if self.rest else ""}'
         if not chosen:
-            raise ValueError(f'fraction={self.fraction} leaves none of {len(labels)} images')
+            raise ValueError(f'{part} leaves none of {len(labels)} images')
+        lost = set().union(*labels) - set().union(*(labels[i] for i in chosen))
+        if lost and not self.allow_missing:
+            count = sum(min(lost) in found for found in labels)
+            raise ValueError(
+                f"{part} leaves no image of class '{self.class_name(min(lost))}', which {count} of "
+                f'{len(labels)} images have: use a {"smaller" if self.rest else "larger"} fraction'
+                f'{"" if single else ", another seed"} or allow_missing=True'
+            )
         return sorted(chosen)
 
 
