@@ -304,9 +304,11 @@ tasks['flowers5-starts'] = dict(
     methods=starts,
     options={'mona-authors': _base_.options['MobileNetV2']['mona']},
 )
-tasks['flowers5-vit-starts'] = dict(
-    _base_.tasks['flowers5-vit'], seeds=_base_.seeds, methods=starts, prompt_lr_mult=0.1
-)
+# In ViT-S the study has the start of the authors of the adapter, which has a larger one here.
+other = dict(_base_.tasks['flowers5-vit'], methods=['adapter', starts[1]], prompt_lr_mult=0.1)
+del other['options']
+tasks['flowers5-vit-starts'] = dict(other, seeds=_base_.seeds)
+del other
 # With the optimizer of most stock configs in place of AdamW.
 tasks['flowers5-sgd'] = dict(
     tasks['flowers5-more-validation'],

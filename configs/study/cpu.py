@@ -163,8 +163,13 @@ tasks = {
         # biases and norms do not: by validation, `flowers5-vit-one-rate` and `-low-rate` of ablation.py.
         full_lr_mult=0.01,
         options={
-            name: dict(prompt_lr_mult=0.1)
-            for name in ('last-k', 'adapter', 'conv-adapter', 'lora', 'mona', 'lorand')
+            'last-k': dict(prompt_lr_mult=0.1),
+            # It starts as its authors' code does: by validation, `flowers5-vit-starts`.
+            'adapter': dict(prompt_lr_mult=0.1, prompt=dict(authors_init=True)),
+            'conv-adapter': dict(prompt_lr_mult=0.1),
+            'lora': dict(prompt_lr_mult=0.1),
+            'mona': dict(prompt_lr_mult=0.1),
+            'lorand': dict(prompt_lr_mult=0.1),
         },
     ),
     'camvid-r18': dict(
